@@ -1,0 +1,170 @@
+"""Weights of an exported graph: by reference into the checkpoint's files where dtype and layout allow, else streamed.
+
+Nothing is read while the graph is built. A weight is *in place* when it is one tensor, or several tensors that lie side
+by side in one file, stored in the graph's dtype and wanted in the stored layout. Everything else is listed as a
+`Streamed` entry and written, tensor by tensor, by `write_streamed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mixt_export.checkpoints import Checkpoint, StoredTensor
+from mixt_export.errors import CheckpointError
+from mixt_export.progress import SILENT, Progress
+
+STREAMED_FILE = "model.onnx.data"
+_ALIGNMENT = 64
+
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of the graph dtype ``dtype``."""
+    return int(DTYPES[dtype].itemsize)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A weight to be written to the streamed file: where, and how to make it."""
+
+    name: str
+    offset: int
+    nbytes: int
+    parts: tuple[Callable[[], np.ndarray[Any, Any]], ...]
+
+
+@dataclass
+class Weights:
+    """Turns tensor names into initializers with external data, and keeps the list of what must be linked or written."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    linked: set[Path] = field(default_factory=set)
+    streamed: list[Streamed] = field(default_factory=list)
+    _known: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    _end: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Size of the streamed file."""
+        return self._end
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor. Raises CheckpointError when it is missing."""
+        return self._stored(name).ref.shape
+
+    def in_place(self, names: Sequence[str]) -> bool:
+        """Whether ``names``, stacked along axis 0, can be pointed at where they lie."""
+        stored = [self._stored(name) for name in names]
+        if any(tensor.ref.dtype != self.dtype for tensor in stored):
+            return False
+        return all(
+            after.path == before.path
+            and after.offset == before.offset + before.nbytes
+            and after.ref.shape[1:] == before.ref.shape[1:]
+            for before, after in pairwise(stored)
+        )
+
+    def refer(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
+        """The tensors ``names`` stacked along axis 0, in place; call only where `in_place` holds."""
+        stored = [self._stored(part) for part in names]
+        self.linked.add(stored[0].path)
+        shape = (sum(tensor.ref.shape[0] for tensor in stored), *stored[0].ref.shape[1:])
+        nbytes = sum(tensor.nbytes for tensor in stored)
+        return self._external(stored[0].path.name, stored[0].offset, nbytes, shape, name)
+
+    def tensor(self, stored_name: str, name: str | None = None) -> ir.TensorProtocol:
+        """One stored tensor in its stored layout: in place when the dtype is right, else streamed and converted."""
+        if self.in_place([stored_name]):
+            return self.refer([stored_name], name or stored_name)
+        return self._stream([stored_name], self.shape(stored_name), name or stored_name, transpose=False)
+
+    def transposed(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
+        """Matrices (out, in) stacked along their outputs and transposed to (in, sum of out), streamed."""
+        shapes = [self.shape(part) for part in names]
+        return self._stream(names, (shapes[0][1], sum(shape[0] for shape in shapes)), name, transpose=True)
+
+    def stacked(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
+        """Tensors stacked along axis 0: in place when they lie side by side, else streamed."""
+        if self.in_place(names):
+            return self.refer(names, name)
+        shapes = [self.shape(part) for part in names]
+        return self._stream(names, (sum(shape[0] for shape in shapes), *shapes[0][1:]), name, transpose=False)
+
+    def computed(self, name: str, array: np.ndarray[Any, Any]) -> ir.TensorProtocol:
+        """A tensor that is no weight of the checkpoint (rotary tables), streamed in its own dtype."""
+        return self._append(name, array.shape, str(array.dtype), (lambda: array,))
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self.checkpoint.store[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name!r} is missing; the weights do not belong to this config.json, "
+                "or the download is incomplete."
+            ) from None
+
+    def _external(
+        self, location: str, offset: int, nbytes: int, shape: Sequence[int], name: str, dtype: str | None = None
+    ) -> ir.TensorProtocol:
+        return ir.ExternalTensor(
+            location, offset, nbytes, DTYPES[dtype or self.dtype], shape=ir.Shape(list(shape)), name=name
+        )
+
+    def _stream(self, names: Sequence[str], shape: Sequence[int], name: str, *, transpose: bool) -> ir.TensorProtocol:
+        if transpose and len(names) > 1:
+            # Columns of several matrices interleave in memory: they are joined in one go.
+            return self._append(name, shape, self.dtype, (lambda: self._joined(names),))
+        return self._append(name, shape, self.dtype, tuple(_late(self._converted, part, transpose) for part in names))
+
+    def _append(
+        self, name: str, shape: Sequence[int], dtype: str, parts: tuple[Callable[[], np.ndarray[Any, Any]], ...]
+    ) -> ir.TensorProtocol:
+        if name not in self._known:  # a tied embedding is asked for twice and written once
+            nbytes = prod(shape) * itemsize(dtype)
+            self.streamed.append(Streamed(name, self._end, nbytes, parts))
+            self._known[name] = self._external(STREAMED_FILE, self._end, nbytes, shape, name, dtype)
+            self._end = -(-(self._end + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return self._known[name]
+
+    def _converted(self, name: str, transpose: bool) -> np.ndarray[Any, Any]:
+        array = self.checkpoint.store.read(name, self.dtype)
+        return np.ascontiguousarray(array.T) if transpose else array
+
+    def _joined(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
+        return np.ascontiguousarray(np.concatenate([self._converted(name, False) for name in names]).T)
+
+
+def _late(make: Callable[[str, bool], np.ndarray[Any, Any]], name: str, transpose: bool) -> Callable[[], Any]:
+    return lambda: make(name, transpose)
+
+
+def write_streamed(weights: Weights, folder: Path, progress: Progress = SILENT) -> None:
+    """Write the streamed file into ``folder``, one tensor in memory at a time. Does nothing when all is in place."""
+    if not weights.streamed:
+        return
+    with (
+        (folder / STREAMED_FILE).open("wb") as file,
+        progress.task("writing weights", len(weights.streamed)) as advance,
+    ):
+        for entry in weights.streamed:
+            file.seek(entry.offset)
+            for part in entry.parts:
+                array = part()
+                file.write(array.data.cast("B"))
+                del array
+            advance(1)
+        file.truncate(weights.streamed_bytes)
