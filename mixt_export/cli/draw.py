@@ -21,7 +21,10 @@ class RichProgress:
 
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        """See Progress.task. Nested tasks share one display."""
+        """See Progress.task. Nested tasks share one display; where stderr is no terminal nothing is drawn."""
+        if not self.console.is_terminal:
+            yield lambda _units: None
+            return
         outermost = self._bars is None
         if self._bars is None:
             self._bars = Bars(

@@ -10,6 +10,7 @@ from typing import Any
 from mixt_export.errors import MixtError
 
 _INTERRUPTED = 130
+_INTERRUPTED_TEXT = "interrupted; nothing was left half-written."
 _WILL_NOT_FIT = 5
 
 
@@ -20,7 +21,7 @@ def guarded(command: Any, name: str) -> int:
     except MixtError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written.", _INTERRUPTED)
+        return _fail(_INTERRUPTED_TEXT, _INTERRUPTED)
     except MemoryError:
         return _fail("out of memory; close other programs or use a machine with more memory.", _WILL_NOT_FIT)
     except OSError as error:
@@ -40,7 +41,7 @@ def guarded(command: Any, name: str) -> int:
                 show()
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
-            return _fail("interrupted; nothing was left half-written.", _INTERRUPTED)
+            return _fail(_INTERRUPTED_TEXT, _INTERRUPTED)
         if os.environ.get("MIXT_DEBUG"):
             raise
         return _fail(
@@ -48,6 +49,8 @@ def guarded(command: Any, name: str) -> int:
             "please report it.",
             1,
         )
+    if result == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
+        return _fail(_INTERRUPTED_TEXT, _INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -1,0 +1,152 @@
+"""`mixt inspect`: say what a model folder or exported folder holds."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+app = typer.Typer(add_completion=False)
+
+_LONGEST = 100
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Model folder or exported folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what a model folder or exported folder holds. Reads headers only."""
+    from mixt_export.inspection import inspect as report_on
+
+    report = report_on(path)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    _PRINTERS[report["kind"]](console, report)
+
+
+def _print_model(console: Console, report: dict[str, Any]) -> None:
+    params, kv = report["params"], report["kv_bytes_per_token"]
+    facts = {
+        "Format": f"{report['format']} ({report['reason']})",
+        "Model type": report["model_type"],
+        "Weights": f"{_size(report['bytes'])} in {len(report['files'])} file(s): "
+        + ", ".join(f"{dtype} {_size(count)}" for dtype, count in report["bytes_by_dtype"].items()),
+        "Parameters": f"{params['total']:,}",
+        "  embeddings": f"{params['embeddings']:,}" + (" (tied to the head)" if report["tied_embeddings"] else ""),
+        "  linears": f"{params['linears']:,}" + _share(params["linears"], params["dense_linears"]),
+        "  other": f"{params['other']:,}",
+        "KV cache": "unknown"
+        if kv is None
+        else ", ".join(f"{_size(count)} per token in {dtype}" for dtype, count in kv.items()),
+        **{f"info.{key}": value for key, value in _flat(report["info"])},
+    }
+    console.print(_facts(report["path"], facts))
+    console.print(_types(report["types"]))
+    console.print(_layers(report["linears"]))
+
+
+def _print_export(console: Console, report: dict[str, Any]) -> None:
+    files = report["files"]
+    facts = dict(_flat(report["manifest"]))
+    facts["Folder"] = f"{len(files)} files, {_size(sum(files.values()))}"
+    console.print(_facts(report["path"], facts))
+
+
+_PRINTERS = {"model": _print_model, "export": _print_export}
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Table:
+    table = _table(title, "", "")
+    for key, value in facts.items():
+        table.add_row(_clean(key), _clean(value))
+    table.show_header = False
+    return table
+
+
+def _types(types: dict[str, dict[str, Any]]) -> Table:
+    table = _table("Linears by type", "type", "count", "factorised", "parameters", "of dense")
+    for name, kind in types.items():
+        share = _percent(kind["params"], kind["dense_params"])
+        table.add_row(_clean(name), str(kind["count"]), str(kind["factorised"]), f"{kind['params']:,}", share)
+    return table
+
+
+def _layers(linears: list[dict[str, Any]]) -> Table:
+    """One row per run of equal layers, one column per type of linear: method, ranks, share of the dense parameters."""
+    columns = list(dict.fromkeys(entry["type"] for entry in linears))
+    layers: dict[int | None, dict[str, str]] = {}
+    for entry in linears:
+        layers.setdefault(entry["layer"], {})[entry["type"]] = _cell(entry)
+    table = _table("Linears by layer: method, rank, share of dense", "layer", *columns)
+    for cells, run in groupby(layers.items(), key=lambda item: item[1]):
+        numbers = [layer for layer, _ in run]
+        first, last = ("–" if number is None else str(number) for number in (numbers[0], numbers[-1]))
+        table.add_row(first if first == last else f"{first}–{last}", *(cells.get(column, "") for column in columns))
+    return table
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    if not entry["factorised"]:
+        return "dense"
+    branches = dict.fromkeys("·".join(map(str, bonds)) for bonds in entry["ranks"] if bonds)
+    rank = f"\nr {'+'.join(branches)}" if branches else ""
+    return f"{_clean(entry['method'])}{rank}\n{100 * entry['share']:.1f} %"
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=_clean(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(_clean(column), overflow="fold", no_wrap=number == 0)
+    return table
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested objects as dotted keys; a list as its length unless it is short and plain."""
+    rows: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            rows += _flat(item, f"{prefix}{key}.")
+        elif isinstance(item, list) and (len(item) > 8 or any(isinstance(part, dict | list) for part in item)):
+            rows.append((f"{prefix}{key}", f"{len(item)} entries"))
+        elif isinstance(item, list):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, item))))
+        else:
+            rows.append((f"{prefix}{key}", item))
+    return rows
+
+
+def _clean(value: Any) -> str:
+    """Text from a file, safe for a terminal: no control characters, not too long."""
+    text = "".join(letter if letter.isprintable() else "�" for letter in str(value))
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in decimal units."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return f"{count} B"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f" ({_percent(part, whole)} of dense)" if part != whole else ""

@@ -1,0 +1,8 @@
+"""Targets: what an exported folder holds. One file per target, one line here."""
+
+from __future__ import annotations
+
+from mixt_export.targets.export import ExportPlan, ExportResult, export, plan_export
+from mixt_export.targets.registry import TARGETS, Target
+
+__all__ = ["TARGETS", "ExportPlan", "ExportResult", "Target", "export", "plan_export"]

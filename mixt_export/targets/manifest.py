@@ -1,0 +1,118 @@
+"""mixt_manifest.json: what an exported folder is, as data. Specified in docs/format.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixt_export import __version__
+from mixt_export.checkpoints import Checkpoint
+from mixt_export.errors import CheckpointError
+from mixt_export.families.wiring import Decoder
+from mixt_export.lower import LoweredModel
+from mixt_export.lower.weights import itemsize
+from mixt_export.targets.registry import Target
+
+SCHEMA = 1
+FILE = "mixt_manifest.json"
+_LARGEST_JSON = 64 << 20
+
+
+def build_manifest(
+    target: Target,
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    lowered: LoweredModel,
+    *,
+    max_seq_len: int,
+    weight_bytes: int,
+    files: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The manifest of a folder about to be written; ``files`` maps file name to its bytes and SHA-256."""
+    dtype = lowered.weights.dtype
+    token_ids = special_token_ids(checkpoint)
+    layers = int(checkpoint.config["num_hidden_layers"])
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "mixt-export", "version": __version__},
+        "target": target.name,
+        "dialect": target.dialect.name,
+        "opset": target.dialect.opset,
+        "dtype": dtype,
+        "padding": target.dialect.padding,
+        "model": {
+            "model_type": decoder.model_type,
+            "layers": len(decoder.blocks),
+            "layers_in_source": layers,
+            "hidden_size": decoder.hidden_size,
+            "heads": decoder.heads,
+        },
+        "kv": {
+            "layers": len(decoder.blocks),
+            "heads": decoder.kv_heads,
+            "head_dim": decoder.head_dim,
+            "dtype": dtype,
+            "shared_buffer": target.dialect.shared_buffer,
+        },
+        "limits": {"max_seq_len": max_seq_len},
+        "vocab_size": decoder.vocab_size,
+        **token_ids,
+        "memory": {
+            "weight_bytes": weight_bytes,
+            "kv_bytes_per_token": decoder.kv_bytes_per_token(itemsize(dtype)),
+        },
+        "graph": {"nodes": len(lowered.model.graph)},
+        "source": {"format": checkpoint.format, "info": dict(checkpoint.info)},
+        "linears": {linear.name: _linear(checkpoint, lowered, linear.name) for linear in decoder.linears},
+        "files": dict(files),
+    }
+
+
+def _linear(checkpoint: Checkpoint, lowered: LoweredModel, name: str) -> dict[str, Any]:
+    factors = checkpoint.factors.get(name)
+    shape = checkpoint.store[f"{name}.weight"].ref.shape if factors is None else None
+    dense = shape[0] * shape[1] if shape else factors.in_features * factors.out_features if factors else 0
+    return {
+        "form": lowered.forms[name],
+        "method": "dense" if factors is None else factors.method,
+        "params": dense if factors is None else factors.params,
+        "dense_params": dense,
+    }
+
+
+def special_token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``bos_token_id``, ``pad_token_id`` (int or null), ``eos_token_ids``; generation_config.json before config.json.
+
+    Several end tokens in either file are all kept: a chat model often lists more in the one than in the other.
+    """
+    sources = [read_json(checkpoint.path / "generation_config.json"), dict(checkpoint.config)]
+    ends: list[int] = []
+    for source in sources:
+        given = source.get("eos_token_id")
+        ends += [token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int)]
+
+    def first(key: str) -> int | None:
+        return next((source[key] for source in sources if isinstance(source.get(key), int)), None)
+
+    return {
+        "bos_token_id": first("bos_token_id"),
+        "pad_token_id": first("pad_token_id"),
+        "eos_token_ids": list(dict.fromkeys(ends)),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} when the file does not exist. Raises CheckpointError when it is something else."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CheckpointError(f"{path}: larger than {_LARGEST_JSON >> 20} MB; this is not a configuration file.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); restore the file.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object.")
+    return value
