@@ -96,14 +96,14 @@ def _enable_line_editing() -> None:
 
 def _answer(conversation: Any, text: str) -> None:
     """Print the answer as it comes; Ctrl-C ends it and keeps what was said."""
+    from mixt_export.runtime import say
+
     with _interrupt_flag() as interrupted, closing(conversation.ask(text)) as pieces:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            say(piece)
             if interrupted:
                 break
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    say("\n")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """Complete one prompt with an exported folder; the text goes to stdout as it is made."""
     from mixt_export.errors import UsageError
-    from mixt_export.runtime import open_model, prompt_ids, runtime_errors
+    from mixt_export.runtime import open_model, prompt_ids, runtime_errors, say
 
     if prompt is None:
         if sys.stdin.isatty():
@@ -54,7 +54,7 @@ def run(
             tokens.append(token)
             pieces.append(stream.push(token))
             if not as_json:
-                _say(pieces[-1])
+                say(pieces[-1])
         pieces.append(stream.finish())
     if as_json:
         result = {
@@ -66,11 +66,6 @@ def run(
         }
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    _say(pieces[-1] + "\n")
+    say(pieces[-1] + "\n")
     if stats:
         typer.echo(generation.stats.line(), err=True)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
