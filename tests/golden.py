@@ -1,4 +1,4 @@
-"""A graph as text, for review: one line per weight and node. `MIXT_UPDATE_GOLDEN=1 pytest tests/lower` rewrites the files."""
+"""A graph as text, for review: a line per weight and node. MIXT_UPDATE_GOLDEN=1 rewrites the files."""
 
 from __future__ import annotations
 

@@ -21,38 +21,15 @@ class Dialect:
     shared_buffer: bool
 
 
-_STANDARD = frozenset(
-    {
-        *(
-            "Add",
-            "And",
-            "Cast",
-            "Concat",
-            "Constant",
-            "CumSum",
-            "Equal",
-            "Expand",
-            "Gather",
-            "GatherND",
-            "Gemm",
-            "Less",
-        ),
-        *(
-            "LessOrEqual",
-            "MatMul",
-            "Max",
-            "Min",
-            "Mul",
-            "Or",
-            "Pad",
-            "RMSNormalization",
-            "Range",
-            "ReduceSum",
-            "Reshape",
-        ),
-        *("Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze"),
-    }
-)
+# fmt: off
+_STANDARD = frozenset({
+    "Add", "And", "Cast", "CastLike", "Concat", "Constant", "CumSum", "Equal",
+    "Expand", "Gather", "GatherND", "Gemm", "Identity", "Less", "LessOrEqual", "MatMul",
+    "Max", "Min", "Mul", "Or", "Pad", "RMSNormalization", "Range", "ReduceSum",
+    "Reshape", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Transpose",
+    "Unsqueeze",
+})
+# fmt: on
 
 DIALECTS = {
     dialect.name: dialect
