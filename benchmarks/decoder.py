@@ -12,16 +12,14 @@ import onnxruntime as ort
 class Timed:
     """A graph with shared cache buffers; calls return seconds of this thread."""
 
-    def __init__(self, folder: Path, capacity: int = 2048) -> None:
+    def __init__(self, folder: Path, heads: int, dim: int, capacity: int = 2048) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self.session = ort.InferenceSession(folder / "model.onnx", options)
         self.binding = self.session.io_binding()
-        inputs = {value.name: value for value in self.session.get_inputs()}
-        self.layers = sum(name.endswith(".key") for name in inputs)
-        _, self.heads, _, self.dim = inputs["past_key_values.0.key"].shape
-        shape = (1, self.heads, capacity, self.dim)
+        self.layers = sum(value.name.endswith(".key") for value in self.session.get_inputs())
+        shape = (1, heads, capacity, dim)
         self.cache = {
             f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
             for layer in range(self.layers)

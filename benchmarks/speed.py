@@ -6,6 +6,7 @@ python -m benchmarks.speed
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def main() -> None:
         subprocess.run(
             [*builder, "-o", str(folder / "genai"), "-p", "fp32", "-e", "cpu"], check=True, capture_output=True
         )
-        models = {"genai": Timed(folder / "genai"), "ours": Timed(folder / "ours")}
+        kv = json.loads((folder / "ours" / "mixt_manifest.json").read_text())["kv"]
+        models = {name: Timed(folder / name, kv["heads"], kv["head_dim"]) for name in ("genai", "ours")}
         result: dict[str, Any] = {"threads": 1, "rounds": rounds, "clock": "thread CPU time"}
         for context in CONTEXTS:
             runs = {name: (lambda m=model, c=context: m.decode(c)) for name, model in models.items()}

@@ -22,7 +22,7 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Another model: adds KL(other ‖ this) and agreement.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows per text. Default: all of it.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes half the cores.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Perplexity of a model on a text; KL and top-1 agreement against another model."""

@@ -88,7 +88,7 @@ def _conclude(result: ExportResult) -> None:
         return
     from mixt_export.cli.verify import print_report
 
-    print_report(result.report)
     typer.echo(f"wrote {result.path} in {result.seconds:.1f} s (weights {how})")
+    print_report(result.report)
     if not result.ok:
         raise ParityError(f"{result.path}: the export does not compute what PyTorch computes; see report.html there.")

@@ -33,7 +33,7 @@ def verify(
     ] = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="More positions, more tokens.")] = False,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Predict memory, do not measure it.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 takes half the cores.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
 ) -> None:
@@ -63,12 +63,12 @@ def verify(
 
         typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
     else:
-        show(report)
+        print_report(report)
     if not report.passed:
         raise typer.Exit(ParityError.exit_code)
 
 
-def show(report: Report) -> None:
+def print_report(report: Report) -> None:
     """Print the checks, the memory and, as the last line, the verdict."""
     from rich.console import Console
 

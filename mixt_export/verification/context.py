@@ -1,0 +1,151 @@
+"""What the checks share: the two models, the tokens, the gate; at most one ONNX session is open at a time."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixt_export.errors import UsageError
+from mixt_export.progress import Progress
+from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate
+from mixt_export.verification.graph import open_graph
+from mixt_export.verification.layers import LayerErrors
+from mixt_export.verification.metrics import LogitsComparison
+from mixt_export.verification.options import VerifyOptions
+from mixt_export.verification.session import ExportedRunner, Ids
+from mixt_export.verification.tokens import make_sequences, open_tokenizer
+from mixt_export.verification.torch_model import TorchModel
+
+_PROBE = 48
+_COST_POSITIONS = 96
+_DEFAULT_MAX_LENGTH = 2048
+
+
+class Context:
+    """Everything a check may use. ``layers`` gathers each block's error for the report."""
+
+    def __init__(self, exported: Path, reference: Path, options: VerifyOptions, progress: Progress) -> None:
+        self.exported, self.reference, self.options, self.progress = exported, reference, options, progress
+        if not reference.is_dir():
+            raise UsageError(f"{reference}: is not a folder; give the model folder that was exported with --reference.")
+        self.graph = open_graph(exported)
+        self.manifest = read_json(exported / "mixt_manifest.json")
+        self.config = read_json(reference / "config.json")
+        with progress.task("loading the PyTorch reference"):
+            self.torch = TorchModel(reference, threads=options.threads, layers=self.graph.layers)
+        if self.graph.vocab_size not in (0, self.torch.vocab_size):
+            raise UsageError(
+                f"{exported} has {self.graph.vocab_size} tokens, {reference} has {self.torch.vocab_size}; "
+                "give the model folder that was exported with --reference."
+            )
+        self.layers = LayerErrors(self.graph.layers)
+        self._runner: ExportedRunner | None = None
+        self._instrumented = False
+
+    @cached_property
+    def max_length(self) -> int:
+        """Longest sequence that both models take."""
+        limits = self.manifest.get("limits")
+        given = limits.get("max_seq_len") if isinstance(limits, dict) else None
+        lengths = (given, self.config.get("max_position_embeddings"))
+        return min((value for value in lengths if isinstance(value, int) and value > 1), default=_DEFAULT_MAX_LENGTH)
+
+    @cached_property
+    def sequences(self) -> Any:
+        """Windows and prompts as tokens."""
+        tokenizer = open_tokenizer(self.reference, self.exported)
+        return make_sequences(tokenizer, self.torch.vocab_size, self.max_length, self.options)
+
+    @cached_property
+    def probe(self) -> Ids:
+        """A few dozen real tokens for the checks that run the same sequence in many ways."""
+        tokens: Ids = np.concatenate([*self.sequences.windows, *self.sequences.prompts])[: min(_PROBE, self.max_length)]
+        return tokens
+
+    @cached_property
+    def probe_reference(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Reference logits and block outputs of the probe."""
+        return self.torch.hidden(self.probe)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """The bar; at float16 it is found by running PyTorch at float16."""
+        if self.graph.dtype == "float32":
+            return float32_gate(self.graph.layers, self.options.tolerance)
+        return dtype_gate(self._dtype_cost(), self.options.tolerance)
+
+    def comparison(self) -> LogitsComparison:
+        """An empty comparison at the gate's tolerance."""
+        return LogitsComparison(self.gate.tolerance)
+
+    def instrumented(self) -> ExportedRunner:
+        """The exported graph with logits at all positions and every block's output visible."""
+        return self._open(instrumented=True)
+
+    def plain(self) -> ExportedRunner:
+        """The exported graph as it is."""
+        return self._open(instrumented=False)
+
+    def close(self) -> None:
+        """Release the ONNX session."""
+        self._runner = None
+
+    def release(self) -> None:
+        """Release both models, so that measuring in fresh processes has the memory to itself."""
+        self.close()
+        del self.torch
+
+    def _open(self, *, instrumented: bool) -> ExportedRunner:
+        if self._runner is None or self._instrumented != instrumented:
+            self.close()
+            self._runner = ExportedRunner(
+                self.graph, self.options.threads, all_positions=instrumented, layers=instrumented
+            )
+            self._instrumented = instrumented
+        return self._runner
+
+    def _dtype_cost(self) -> DtypeCost:
+        dtype = self.graph.dtype
+        with self.progress.task(f"running PyTorch at {dtype}"):
+            model = TorchModel(self.reference, dtype=dtype, threads=self.options.threads, layers=self.graph.layers)
+            comparison = LogitsComparison(0.0)
+            errors = LayerErrors(self.graph.layers)
+            for window in self.sequences.windows:
+                tokens = window[: _COST_POSITIONS - comparison.positions]
+                if not len(tokens):
+                    break
+                expected, expected_layers = self.torch.hidden(tokens)
+                actual, actual_layers = model.hidden(tokens)
+                comparison.add(actual, expected)
+                errors.add(actual_layers, expected_layers)
+        return DtypeCost(
+            dtype,
+            comparison.positions,
+            comparison.rel_l2,
+            comparison.cosine,
+            comparison.kl,
+            comparison.flips_at(allowed(comparison.rel_l2)),
+            comparison.nonfinite,
+            errors.values(),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one when the file is absent.
+
+    Raises UsageError when it is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is not readable JSON ({error}); export or copy it again.") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: must hold a JSON object; export or copy it again.")
+    return value

@@ -1,0 +1,152 @@
+"""The exported graph as data: what it is, and the same graph with its inner values made visible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from mixt_export.errors import UsageError
+
+MODEL_FILE = "model.onnx"
+LAST_POSITION = "/lm_head/last_position"
+LOGITS = "logits"
+#: A graph without weights is a few hundred kB; a file beyond this is not one of ours.
+_MAX_GRAPH_BYTES = 512 << 20
+_LAYER_OUTPUT = re.compile(r"^/model/layers\.(\d+)/output$")
+_PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
+_ELEMENT = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """An exported folder's graph without its weights, and the facts of it that verification needs."""
+
+    folder: Path
+    proto: onnx.ModelProto
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    dialect: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Last dimension of the logits; 0 when the graph leaves it free."""
+        logits = next(value for value in self.proto.graph.output if value.name == LOGITS)
+        dims = logits.type.tensor_type.shape.dim
+        return int(dims[-1].dim_value) if dims else 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the key-value cache of one sequence."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.dtype == "float16" else 4)
+
+
+def open_graph(folder: Path) -> ExportedGraph:
+    """Read ``folder``/model.onnx; the weights stay where they are.
+
+    Raises UsageError when it is missing, unreadable or not a graph that follows docs/architecture.md.
+    """
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder}: holds no {MODEL_FILE}; give a folder that `mixt export` wrote.")
+    if path.stat().st_size > _MAX_GRAPH_BYTES:
+        raise UsageError(f"{path}: {path.stat().st_size} bytes is too large for a graph without weights; export again.")
+    try:
+        proto = onnx.load_model(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises its own DecodeError class, which moves between versions
+        raise UsageError(f"{path}: is not a readable ONNX model ({type(error).__name__}); export again.") from error
+    check_external_paths(proto, path)
+    inputs = {value.name: value.type.tensor_type for value in proto.graph.input}
+    past = [inputs[name] for name in inputs if _PAST.match(name)]
+    if not past or "input_ids" not in inputs or "attention_mask" not in inputs or not _has_logits(proto):
+        raise UsageError(
+            f"{path}: lacks input_ids, attention_mask, past_key_values.*.key or logits; "
+            "give a decoder that `mixt export` wrote."
+        )
+    shape = past[0].shape.dim
+    dtype = _ELEMENT.get(past[0].elem_type)
+    if len(shape) != 4 or dtype is None or not shape[1].dim_value or not shape[3].dim_value:
+        raise UsageError(f"{path}: past_key_values.0.key must be float32 or float16 (batch, kv_heads, past, head_dim).")
+    fused = any(node.op_type == "GroupQueryAttention" for node in all_nodes(proto))
+    return ExportedGraph(
+        folder, proto, len(past), shape[1].dim_value, shape[3].dim_value, dtype, "ort" if fused else "portable"
+    )
+
+
+def all_nodes(proto: onnx.ModelProto) -> Iterable[onnx.NodeProto]:
+    """Nodes of the graph and of its model-local functions."""
+    yield from proto.graph.node
+    for function in proto.functions:
+        yield from function.node
+
+
+def check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
+    """Raise UsageError unless every weight file lies inside the model's folder."""
+    root = path.parent.resolve()
+    for tensor in proto.graph.initializer:
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+        if location is None:
+            continue
+        target = (root / location).resolve()
+        if root not in target.parents:
+            raise UsageError(f"{path}: weight {tensor.name!r} points outside the folder ({location!r}); export again.")
+        if not target.is_file():
+            raise UsageError(f"{path}: weight {tensor.name!r} is in {location!r}, which is missing; export again.")
+
+
+def instrument(graph: ExportedGraph, *, layers: bool = True) -> onnx.ModelProto:
+    """The same nodes with the last-position node bypassed: ``logits`` becomes (batch, seq, vocab).
+
+    With ``layers`` the residual stream after every block, (batch, seq, hidden), becomes an output too. Nothing else
+    changes, so what the instrumented graph computes is what the exported one computes before it picks a position.
+    Raises UsageError when the graph does not use the names of docs/architecture.md.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    nodes = proto.graph.node
+    picker = next((node for node in nodes if node.name == LAST_POSITION), None)
+    if picker is None:
+        raise UsageError(f"{graph.folder / MODEL_FILE}: has no node {LAST_POSITION!r}; export again with this version.")
+    picked, everything = picker.output[0], picker.input[0]
+    nodes.remove(picker)
+    for node in nodes:
+        for index, name in enumerate(node.input):
+            if name == picked:
+                node.input[index] = everything
+    del proto.graph.value_info[:]  # their shapes hold for one position only
+    logits = next(value for value in proto.graph.output if value.name == LOGITS)
+    element = logits.type.tensor_type.elem_type
+    vocabulary = logits.type.tensor_type.shape.dim[-1].dim_value
+    logits.CopyFrom(onnx.helper.make_tensor_value_info(LOGITS, element, ["batch", "seq", vocabulary or "vocab"]))
+    if layers:
+        # The type is left to the runtime's own inference: the residual stream may be wider than the weights.
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layer_outputs(graph))
+    return proto
+
+
+def layer_outputs(graph: ExportedGraph) -> list[str]:
+    """Names of the residual stream after each block, in order.
+
+    Raises UsageError when one is missing.
+    """
+    found = {}
+    for node in graph.proto.graph.node:
+        for name in node.output:
+            match = _LAYER_OUTPUT.match(name)
+            if match:
+                found[int(match.group(1))] = name
+    if sorted(found) != list(range(graph.layers)):
+        raise UsageError(
+            f"{graph.folder / MODEL_FILE}: has {graph.layers} layers of cache but values "
+            f"/model/layers.*/output for {sorted(found)}; export again with this version."
+        )
+    return [found[index] for index in range(graph.layers)]
+
+
+def _has_logits(proto: onnx.ModelProto) -> bool:
+    return any(value.name == LOGITS for value in proto.graph.output)

@@ -1,0 +1,89 @@
+"""The PyTorch side: the model folder as transformers runs it, one sequence at a time, never batched or cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixt_export.errors import UsageError
+from mixt_export.optional import require
+from mixt_export.verification.session import Ids, available_threads
+
+Observe = Callable[[int, NDArray[np.float32]], None]
+
+
+class TorchModel:
+    """A model folder in PyTorch on the CPU at ``dtype`` ("float32" or "float16").
+
+    ``layers``: keep only the first so many blocks (an export made with --num-layers has that many).
+    Raises MissingDependencyError without torch or transformers, and what load_reference raises.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str = "float32", threads: int = 0, layers: int | None = None) -> None:
+        self._torch = require("torch", "running the PyTorch reference")
+        self._torch.set_num_threads(available_threads(threads))
+        from mixt_export.reference import load_reference
+
+        self.model: Any = load_reference(folder, dtype=dtype)
+        self.model.eval()
+        self.blocks: Any = _decoder_blocks(self.model, folder)
+        if layers is not None and layers != len(self.blocks):
+            if layers > len(self.blocks):
+                raise UsageError(
+                    f"{folder}: has {len(self.blocks)} layers, the exported model {layers}; "
+                    "give the folder it was made from with --reference."
+                )
+            del self.blocks[layers:]
+            config: Any = self.model.config
+            config.num_hidden_layers = layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output projection."""
+        return int(self.model.config.vocab_size)
+
+    def logits(self, tokens: Ids, observe: Observe | None = None) -> NDArray[np.float32]:
+        """Teacher-forced logits (seq, vocab) float32 of one sequence (seq,).
+
+        ``observe(layer, values)`` is called after each block with its output (seq, hidden) float32.
+        """
+        hooks = []
+        if observe is not None:
+            hooks = [block.register_forward_hook(self._hook(index, observe)) for index, block in enumerate(self.blocks)]
+        try:
+            with self._torch.inference_mode():
+                ids = self._torch.from_numpy(np.ascontiguousarray(tokens[None, :]))
+                logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        values: NDArray[np.float32] = logits[0].float().numpy()
+        return values
+
+    def hidden(self, tokens: Ids) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Logits (seq, vocab) and the output (seq, hidden) of every block, float32."""
+        outputs: dict[int, NDArray[np.float32]] = {}
+        logits = self.logits(tokens, outputs.__setitem__)
+        return logits, [outputs[index] for index in range(len(self.blocks))]
+
+    @staticmethod
+    def _hook(index: int, observe: Observe) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            observe(index, value.detach()[0].float().numpy().copy())
+
+        return hook
+
+
+def _decoder_blocks(model: Any, folder: Path) -> Any:
+    count = int(model.config.num_hidden_layers)
+    for _name, module in model.named_modules():
+        if type(module).__name__ == "ModuleList" and len(module) == count:
+            return module
+    raise UsageError(
+        f"{folder}: the PyTorch model has no list of {count} decoder blocks; verify cannot compare layers."
+    )

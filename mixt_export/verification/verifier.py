@@ -1,0 +1,117 @@
+"""Run every check on an exported folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixt_export.errors import UnsupportedError
+from mixt_export.progress import SILENT, Progress
+from mixt_export.verification.options import VerifyOptions
+from mixt_export.verification.report import LayerError, Report
+from mixt_export.verification.result import CheckResult
+
+if TYPE_CHECKING:
+    from mixt_export.verification.checks import Check
+    from mixt_export.verification.context import Context
+    from mixt_export.verification.memory.measure import MemoryReport
+
+_PACKAGES = ("onnxruntime", "onnx", "torch", "transformers", "numpy")
+
+
+def verify(
+    exported: Path, reference: Path, *, options: VerifyOptions | None = None, progress: Progress = SILENT
+) -> Report:
+    """Compare the exported folder with PyTorch float32 on the model folder it was made from.
+
+    A parity failure is not raised: ``Report.passed`` is False and says where. Writes report.json and report.html into
+    ``exported`` unless ``options.write`` is off. Raises UsageError or UnsupportedError when one of the folders cannot
+    be run at all, MissingDependencyError without torch and transformers.
+    """
+    from mixt_export import __version__
+    from mixt_export.verification.checks import CHECKS
+    from mixt_export.verification.context import Context
+
+    options = options or VerifyOptions()
+    started = time.monotonic()
+    context = Context(Path(exported), Path(reference), options, progress)
+    gate = context.gate
+    wanted = [check for check in CHECKS if check.applies(context)]
+    results = []
+    with progress.task("verifying", len(wanted)) as advance:
+        for check in wanted:
+            results.append(_run(check, context))
+            advance(1)
+    context.release()
+    memory, notes = _memory(context, progress)
+    errors = context.layers.values()
+    costs = gate.cost.layers if gate.cost else [None] * len(errors)
+    report = Report(
+        tool_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        exported=str(exported),
+        reference=str(reference),
+        dialect=context.graph.dialect,
+        dtype=context.graph.dtype,
+        tolerance=gate.tolerance,
+        tolerance_origin=gate.origin,
+        minimum_tolerance=_minimum_tolerance(results),
+        checks=results,
+        layers=[
+            LayerError(f"model.layers.{index}", error, threshold, cost)
+            for index, (error, threshold, cost) in enumerate(zip(errors, gate.layers, costs, strict=True))
+        ],
+        dtype_cost=gate.cost,
+        memory=memory,
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        options={item.name: getattr(options, item.name) for item in dataclasses.fields(options)},
+        notes=notes,
+        seconds=time.monotonic() - started,
+    )
+    if options.write:
+        report.write(Path(exported))
+    return report
+
+
+def _run(check: Check, context: Context) -> CheckResult:
+    """One check, timed; a runtime that refuses to run the graph fails the check instead of ending the program."""
+    from mixt_export.verification.session import RunFailed
+
+    started = time.monotonic()
+    try:
+        result = check.run(context)
+    except RunFailed as error:
+        result = CheckResult(check.name, check.title, False, f"onnxruntime could not run it: {error}")
+    return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+def _memory(context: Context, progress: Progress) -> tuple[MemoryReport | None, list[str]]:
+    """The memory report; a graph that prediction cannot follow costs the report, not the verification."""
+    from mixt_export.verification.memory.measure import memory_report
+
+    options, label = context.options, "measuring memory" if context.options.memory else "predicting memory"
+    try:
+        with progress.task(label):
+            report = memory_report(
+                context.graph,
+                context.reference,
+                context.max_length,
+                threads=options.threads,
+                measured=options.memory,
+            )
+    except UnsupportedError as error:
+        return None, [f"memory was not predicted: {error}"]
+    return report, report.notes
+
+
+def _minimum_tolerance(results: list[CheckResult]) -> float | None:
+    """The largest tolerance that any check needed; None when one had NaN, Inf or could not run."""
+    needed = [result.metrics.get("needed_tolerance") for result in results if "tolerance" in result.metrics]
+    numbers = [float(value) for value in needed if isinstance(value, int | float)]
+    crashed = any(not result.metrics for result in results)
+    return max(numbers) if numbers and not crashed and all(map(math.isfinite, numbers)) else None

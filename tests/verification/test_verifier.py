@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixt_export.progress import SILENT
+from mixt_export.verification import CheckResult, VerifyOptions, verifier
+from mixt_export.verification.checks import CHECKS, Check
+from mixt_export.verification.context import Context, read_json
+from mixt_export.verification.gate import OVERFLOW_TOLERANCE, DtypeCost, dtype_gate, float32_gate
+from mixt_export.verification.layers import LayerErrors
+from mixt_export.verification.metrics import LogitsComparison
+from mixt_export.verification.session import RunFailed
+
+
+def test_a_check_that_the_runtime_refuses_has_failed(model: Path, exported: Path) -> None:
+    def refuse(_context: Context) -> CheckResult:
+        raise RunFailed("no kernel for Mystery")
+
+    context = Context(exported, model, VerifyOptions(threads=1), SILENT)
+    result = verifier._run(Check("odd", "Odd", refuse, lambda _context: True), context)
+    assert not result.passed
+    assert "no kernel for Mystery" in result.reason
+    assert verifier._minimum_tolerance([result]) is None
+
+
+def test_the_largest_needed_tolerance_is_the_minimum_that_passes() -> None:
+    def result(needed: float) -> CheckResult:
+        return CheckResult("a", "A", True, metrics={"needed_tolerance": needed, "tolerance": 1.0})
+
+    other = CheckResult("b", "B", True, metrics={"constants": 5})
+    assert verifier._minimum_tolerance([result(0.1), other, result(0.3)]) == 0.3
+    assert verifier._minimum_tolerance([result(0.1), result(math.inf)]) is None
+
+
+def test_check_names_are_distinct_and_titled() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS) == 8
+    assert all(check.title and len(check.title) <= 24 for check in CHECKS)
+
+
+def cost(rel_l2: float, layers: list[float], flips: int = 0) -> DtypeCost:
+    return DtypeCost("float16", 100, rel_l2, 0.9999, 1e-6, flips, 0, layers)
+
+
+def test_gates() -> None:
+    assert float32_gate(2, None).tolerance == 1e-5
+    assert float32_gate(2, 1e-3).layers == [1e-3, 1e-3]
+    gate = dtype_gate(cost(1e-3, [1e-4, math.inf]), None)
+    assert gate.tolerance == pytest.approx(2.1e-3)
+    assert gate.layers == pytest.approx([3e-4, 2.1e-3])
+    overflowed = dtype_gate(cost(math.inf, [math.inf]), None)
+    assert overflowed.tolerance == OVERFLOW_TOLERANCE
+    assert "overflows" in overflowed.origin
+    assert dtype_gate(cost(1e-3, []), 0.5).tolerance == 0.5
+
+
+def test_a_gate_says_why() -> None:
+    expected = np.tile(np.array([[5.0, 4.0, -3.0]]), (50, 1))
+    gate = dtype_gate(cost(0.05, [], flips=2), None)
+
+    def judged(change: object) -> str:
+        actual = expected.copy()
+        actual[0] = change
+        comparison = LogitsComparison(gate.tolerance)
+        comparison.add(actual, expected)
+        return gate.judge(comparison)
+
+    assert judged(expected[0]) == ""
+    assert "NaN or Inf" in judged([math.nan, 0.0, 0.0])
+    assert "exceeds the tolerance" in judged([9.0, -4.0, 3.0])
+    flipping = expected.copy()
+    flipping[:5] = [3.9, 5.0, -3.0]  # five turns of the top token; PyTorch's rate of 2 % allows one
+    comparison = LogitsComparison(1e-3)
+    comparison.add(flipping, expected)
+    assert "5 of 50 positions beyond a tie" in dtype_gate(cost(0.3, [], flips=2), None).judge(comparison)
+
+
+def test_layer_errors_average_over_tokens_of_all_sequences() -> None:
+    errors = LayerErrors(2)
+    assert errors.values() == []
+    one, two = np.ones((3, 4)), np.ones((1, 4))
+    errors.add([one, one * 1.2], [one, one])
+    errors.add([two * 1.1, two], [two, two])
+    assert errors.values() == pytest.approx([math.sqrt(0.01 / 4), math.sqrt(3 * 0.04 / 4)])
+    assert errors.first_beyond([0.06, 0.06]) == 1
+    assert errors.first_beyond([0.5, 0.5]) is None
+    errors.add([np.full((1, 4), math.nan), two], [two, two])
+    assert errors.first_beyond([0.5, 0.5]) == 0
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": ' * 5000])
+def test_json_that_is_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mixt_manifest.json"
+    assert read_json(path) == {}
+    path.write_text(text)
+    with pytest.raises(Exception, match=r"mixt_manifest\.json"):
+        read_json(path)
