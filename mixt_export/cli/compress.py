@@ -28,7 +28,10 @@ def compress(
     keep: Annotated[float, typer.Option(help="Share of the targeted linears' parameters to keep, 0 to 1.")] = 0.9,
     calib: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE|self", help="UTF-8 text; repeat to mix. 'self': text the model samples. Default: the shipped texts."),
+        typer.Option(
+            metavar="FILE|self",
+            help="UTF-8 text; repeat to mix. 'self': text the model samples. Default: the shipped texts.",
+        ),
     ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Compress only linears whose path matches. Repeatable.")
@@ -36,7 +39,7 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave linears whose path matches. Repeatable.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="auto, uniform, water-filling, or a JSON file {name or regex: rank}.")] = "auto",
+    ranks: Annotated[str, typer.Option(help="auto, uniform, water-filling, or a JSON file {linear: rank}.")] = "auto",
     objective: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(OBJECTIVES)}. Default: the method's own.")
     ] = None,
@@ -107,7 +110,9 @@ def _show(report: CompressionReport, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("linears", "layers", "kept", "stay dense", "ranks", "output error", title=f"{report.method} → {output}")
+    table = Table(
+        "linears", "layers", "kept", "stay dense", "ranks", "output error", title=f"{report.method} → {output}"
+    )
     kinds: dict[str, list[int]] = {}
     for index, layer in enumerate(report.layers):
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(index)

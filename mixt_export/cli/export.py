@@ -44,6 +44,7 @@ def export(
     if dry_run:
         plan = plan_export(model_dir, target=target, dtype=precision, max_seq_len=max_seq_len, num_layers=num_layers)
         _describe(plan)
+        _predict(plan)
         typer.echo("dry run: nothing was written.")
         return
     if output is None:
@@ -77,6 +78,27 @@ def _describe(plan: ExportPlan) -> None:
         f"({plan.written_bytes / 1e6:.1f} MB of them written anew) · KV cache {per_token / 1e3:.1f} kB per token, "
         f"{per_token * plan.max_seq_len / 1e6:.1f} MB at {plan.max_seq_len} tokens"
     )
+
+
+def _predict(plan: ExportPlan) -> None:
+    """Memory by liveness over the graph, for a prefill and for the last step of the longest sequence."""
+    import onnx_ir as ir
+
+    from mixt_export.verification import predict_memory
+
+    proto = ir.serde.serialize_model(plan.lowered.model)
+    prompt = min(256, plan.max_seq_len)
+    for what, seq, total in (
+        (f"prefill of {prompt}", prompt, prompt),
+        (f"step at {plan.max_seq_len}", 1, plan.max_seq_len),
+    ):
+        needs = predict_memory(proto, seq=seq, total=total)
+        parts = needs.weights, needs.kv_cache, needs.activations, needs.workspace
+        weights, cache, activations, attention = (part / 1e6 for part in parts)
+        typer.echo(
+            f"predicted memory, {what}: weights {weights:.1f} + KV cache {cache:.1f} + activations {activations:.1f} + "
+            f"attention {attention:.1f} = {sum(parts) / 1e6:.1f} MB"
+        )
 
 
 def _conclude(result: ExportResult) -> None:

@@ -1,0 +1,20 @@
+"""All benchmarks, one after the other. Takes about half an hour on two cores.
+
+python -m benchmarks.run
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+ALL = ("export_cost", "low_rank_linear", "speed", "parity", "quality")
+
+
+def main() -> None:
+    for name in ALL:
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""A decoder run block by block: one block's weights in memory at a time, float32, transformers' own layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixt_export.checkpoints import Checkpoint
+from mixt_export.compression.memory import release_freed
+from mixt_export.errors import CheckpointError, UnsupportedError
+from mixt_export.reference.skeleton import build_skeleton
+from mixt_export.reference.tensors import read_tensor
+
+#: Logits exist for so many (token, vocabulary) pairs at once: 32 MB of float32, three times that with gradients.
+LOGITS_AT_ONCE = 1 << 23
+
+#: Elements checked for finiteness at once; checking a whole embedding would need twice its memory more.
+_PIECE = 1 << 20
+
+
+class BlockwiseModel:
+    """The decoder of ``checkpoint`` on the meta device, of which single parts are materialised.
+
+    Raises UnsupportedError when the model has no ``layers``, ``norm`` and embeddings where decoders have them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model: Any = build_skeleton(checkpoint, dtype=torch.float32, attn="sdpa")
+        self.base: Any = self.model.base_model
+        if not all(isinstance(getattr(self.base, part, None), nn.Module) for part in ("layers", "norm", "rotary_emb")):
+            raise UnsupportedError(
+                f"{checkpoint.path}: a {checkpoint.config.get('model_type')!r} model cannot be run block by block: "
+                "its decoder has no layers, norm and rotary_emb."
+            )
+        self._paths: dict[nn.Module, str] = {module: name for name, module in self.model.named_modules()}
+        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.base.layers)
+
+    @property
+    def hidden(self) -> int:
+        """Features of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.model.config.vocab_size)
+
+    def block_path(self, index: int) -> str:
+        """Module path of block ``index``, e.g. ``model.layers.0``."""
+        return self._paths[self.base.layers[index]]
+
+    def linears(self) -> Iterator[str]:
+        """Module paths of every nn.Linear of the decoder blocks, in the order of definition."""
+        for index in range(self.blocks):
+            for name, module in self.base.layers[index].named_modules():
+                if isinstance(module, nn.Linear):
+                    yield f"{self.block_path(index)}.{name}"
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights; they are freed on exit. Parameters are shared by ``clone``."""
+        layer: nn.Module = self.base.layers[index]
+        self._materialise(layer)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+            release_freed()
+
+    def clone(self, layer: nn.Module) -> nn.Module:
+        """A second module tree on the same tensors as ``layer``; assigning a parameter in one leaves the other."""
+        shared = {id(parameter): parameter for parameter in layer.parameters()}
+        return copy.deepcopy(layer, memo=dict(shared))
+
+    def calls(self, batch: int, length: int) -> list[dict[str, Any]]:
+        """For each block the keyword arguments (mask, positions, rotary) the model itself passes for such a batch."""
+        if (batch, length) not in self._calls:
+            self._calls[batch, length] = self._record(batch, length)
+        return self._calls[batch, length]
+
+    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply ``layer``, block ``index`` or its clone, to ``hidden`` (batch, length, features)."""
+        out = layer(hidden, **self.calls(hidden.shape[0], hidden.shape[1])[index])
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def embed(self, tokens: np.ndarray[Any, Any], into: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Embeddings of ``tokens`` (windows, length) int64, written to ``into`` (windows, length, features) float32.
+
+        Returns a tensor that shares the memory of ``into``.
+        """
+        module = self.model.get_input_embeddings()
+        self._materialise(module)
+        try:
+            hidden = torch.from_numpy(into)
+            with torch.no_grad():
+                for window, row in enumerate(tokens):
+                    hidden[window] = module(torch.from_numpy(row))
+        finally:
+            module.to("meta")
+        return hidden
+
+    def loss_gradients(
+        self, hidden: Callable[[int], torch.Tensor], tokens: np.ndarray[Any, Any]
+    ) -> tuple[torch.Tensor, float]:
+        """Gradient of the summed next-token cross-entropy with respect to the last block's output, and mean loss.
+
+        ``hidden(window)`` gives (length, features); returns (windows, length, features) and nats per token. Logits
+        exist for a few hundred tokens at a time. The last position of a window has no next token and gradient zero.
+        """
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings()
+        tied = bool(self.model.config.tie_word_embeddings)
+        self._materialise(self.base.norm)
+        if tied:
+            self._materialise(embedding)
+            head.register_parameter("weight", embedding.weight)
+        else:
+            self._materialise(head)
+        length = tokens.shape[1]
+        step = max(1, LOGITS_AT_ONCE // self.vocabulary)
+        gradients = torch.zeros(len(tokens), length, self.hidden)
+        total = 0.0
+        try:
+            for window in range(len(tokens)):
+                rows, targets = hidden(window), torch.from_numpy(tokens[window, 1:])
+                for start in range(0, length - 1, step):
+                    stop = min(start + step, length - 1)
+                    part = rows[start:stop].detach().requires_grad_(True)
+                    loss = nn.functional.cross_entropy(
+                        head(self.base.norm(part)).float(), targets[start:stop], reduction="sum"
+                    )
+                    (gradients[window, start:stop],) = torch.autograd.grad(loss, part)
+                    total += loss.item()
+        finally:
+            for module in (self.base.norm, embedding, head):
+                module.to("meta")
+        return gradients, total / (len(tokens) * max(1, length - 1))
+
+    def _materialise(self, module: nn.Module) -> None:
+        path = self._paths[module]
+        tensors: Mapping[str, torch.Tensor] = {
+            name: self._read(f"{path}.{name}", meta) for name, meta in module.named_parameters()
+        }
+        module.load_state_dict(tensors, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    def _read(self, name: str, meta: torch.Tensor) -> torch.Tensor:
+        stored = self.checkpoint.store.find(name).ref
+        if stored.shape != tuple(meta.shape):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name!r} has shape {stored.shape}, config.json asks for "
+                f"{tuple(meta.shape)}."
+            )
+        tensor = read_tensor(self.checkpoint.store, name, "float32")
+        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), _PIECE)):
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name!r} holds NaN or infinity.")
+        return tensor
+
+    def _record(self, batch: int, length: int) -> list[dict[str, Any]]:
+        """Run the model's own forward with every block and the norm replaced by a listener."""
+        heard: list[dict[str, Any]] = []
+
+        def listen(hidden: torch.Tensor, *_args: Any, **kwargs: Any) -> torch.Tensor:
+            heard.append(kwargs)
+            return hidden
+
+        stubbed = [*self.base.layers, self.base.norm]
+        for module in self.base.layers:
+            module.forward = listen
+        self.base.norm.forward = lambda hidden: hidden
+        try:
+            with torch.no_grad():
+                self.base(inputs_embeds=torch.zeros(batch, length, self.hidden), use_cache=False)
+        finally:
+            for module in stubbed:
+                del module.forward
+        return heard

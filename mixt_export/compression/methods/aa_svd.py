@@ -1,0 +1,12 @@
+"""AA-SVD (arXiv 2604.02119): anchored to the dense output, adapted to the compressed model's inputs, layer by layer."""
+
+from mixt_export.compression.method import OBJECTIVES, Method
+
+METHOD = Method(
+    name="aa-svd",
+    summary="anchored and adaptive: dense outputs from the compressed model's inputs, layer after layer",
+    objective="anchored",
+    objectives=tuple(OBJECTIVES),
+    fisher=False,
+    ranks="uniform",
+)

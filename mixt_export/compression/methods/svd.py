@@ -1,0 +1,12 @@
+"""Truncated SVD of the weight itself (Eckart & Young 1936): the baseline that uses no data for its factors."""
+
+from mixt_export.compression.method import Method
+
+METHOD = Method(
+    name="svd",
+    summary="plain truncated SVD of each weight; a baseline",
+    objective="input-agnostic",
+    objectives=("input-agnostic",),
+    fisher=False,
+    ranks="uniform",
+)

@@ -1,0 +1,107 @@
+"""A torch module that executes a factorised linear of the IR, activation first.
+
+Written for reading, not for speed, and independently of the lowering to ONNX: it is what exported graphs are judged by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import nn
+
+from mixt_export import network
+from mixt_export.network import Branch
+
+Load = Callable[[str], nn.Parameter]
+"""Name of a stored tensor -> its parameter; one object per name, so shared cores are shared parameters."""
+
+_TOKENS = ""
+"""Label of the flattened leading axes; labels of the IR are never empty."""
+
+
+class FactorizedLinear(nn.Module):
+    """y = Σ_branches scale · network(x) + sparse · x + bias for x (..., in), y (..., out), in the cores' dtype."""
+
+    def __init__(self, linear: network.FactorizedLinear, load: Load, load_index: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        names = [tensor.name for tensor in linear.core_tensors()]
+        self.cores = nn.ParameterList([load(name) for name in names])
+        self._position = {name: position for position, name in enumerate(names)}
+        self.bias = None if linear.bias is None else load(linear.bias.name)
+        self.values: nn.Parameter | None = None
+        if linear.sparse is not None:
+            self.values = load(linear.sparse.values.name)
+            self.register_buffer("rows", load_index(linear.sparse.rows.name), persistent=False)
+            self.register_buffer("cols", load_index(linear.sparse.cols.name), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        flat = x.reshape(-1, self.in_features)
+        y = flat.new_zeros(len(flat), self.out_features)
+        for branch in self.linear.branches:
+            y = y + self._branch(branch, flat)
+        if self.values is not None:
+            y = y.index_add(1, self.get_buffer("rows"), flat[:, self.get_buffer("cols")] * self.values)
+        if self.bias is not None:
+            y = y + self.bias
+        out: torch.Tensor = y.reshape(*x.shape[:-1], self.out_features)
+        return out
+
+    def _branch(self, branch: Branch, flat: torch.Tensor) -> torch.Tensor:
+        tensors = [self.cores[self._position[core.tensor.name]] for core in branch.cores]
+        labels = [core.labels for core in branch.cores]
+        if _is_low_rank(branch):
+            y: torch.Tensor = flat @ tensors[0] @ tensors[1]
+        else:
+            width = prod(size for _, size in branch.in_modes)
+            padded = nn.functional.pad(flat, (0, width - flat.shape[1]))
+            y = _contract(branch, padded, tensors, labels)[:, : self.out_features]
+        return y if branch.scale == 1.0 else y * branch.scale
+
+    def extra_repr(self) -> str:
+        """Features and method, as torch prints modules."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, method={self.linear.method!r}"
+
+
+def _is_low_rank(branch: Branch) -> bool:
+    """One input mode, one output mode, cores (in, rank) and (rank, out): two matmuls."""
+    if len(branch.in_modes) != 1 or len(branch.out_modes) != 1 or len(branch.cores) != 2 or branch.padded:
+        return False
+    (first, _), (last, _) = branch.in_modes[0], branch.out_modes[0]
+    (head, middle), (bond, tail) = (core.labels if len(core.labels) == 2 else ("", "") for core in branch.cores)
+    return (head, tail) == (first, last) and middle == bond and middle not in (first, last)
+
+
+def _contract(
+    branch: Branch, flat: torch.Tensor, tensors: list[torch.Tensor], labels: list[tuple[str, ...]]
+) -> torch.Tensor:
+    """Contract the cores into the activation one by one, each time one that shares a label with it if there is any."""
+    state = flat.reshape(len(flat), *(size for _, size in branch.in_modes))
+    have: tuple[str, ...] = (_TOKENS, *(label for label, _ in branch.in_modes))
+    wanted = (_TOKENS, *(label for label, _ in branch.out_modes))
+    waiting = list(range(len(tensors)))
+    while waiting:
+        chosen = next((index for index in waiting if set(labels[index]) & set(have)), waiting[0])
+        waiting.remove(chosen)
+        needed = set(wanted).union(*(labels[index] for index in waiting))
+        keep = tuple(dict.fromkeys(label for label in (*have, *labels[chosen]) if label in needed))
+        state = _einsum(state, have, tensors[chosen], labels[chosen], keep)
+        have = keep
+    return state.permute(*(have.index(label) for label in wanted)).reshape(len(flat), -1)
+
+
+def _einsum(
+    state: torch.Tensor, have: tuple[str, ...], core: torch.Tensor, core_labels: tuple[str, ...], keep: tuple[str, ...]
+) -> torch.Tensor:
+    number = {label: index for index, label in enumerate(dict.fromkeys((*have, *core_labels)))}
+    return torch.einsum(
+        state,
+        [number[label] for label in have],
+        core,
+        [number[label] for label in core_labels],
+        [number[label] for label in keep],
+    )

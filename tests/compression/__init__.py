@@ -1,0 +1,1 @@
+"""Tests of mixt_export.compression."""
