@@ -13,8 +13,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,sample,genai,dev]'
 	touch $@
 
+# The README's main job on the real model, then the same question to the original and to the compressed model.
+demo: export PATH := $(abspath $(BIN)):$(PATH)
 demo: $(VENV)/.installed  ## compress, export, prove and run a real model
-	$(BIN)/python -m mixt_export.demo --keep $(KEEP) --output $(DEMO)
+	mkdir -p $(DEMO)
+	test -d $(DEMO)/smollm2 || mixt sample -o $(DEMO)/smollm2
+	mixt compress $(DEMO)/smollm2 --keep $(KEEP) -o $(DEMO)/model --overwrite
+	mixt-export $(DEMO)/model --target ort -o $(DEMO)/out --overwrite
+	mixt eval $(DEMO)/out --against $(DEMO)/smollm2 --windows 8
+	mixt-export $(DEMO)/smollm2 --target ort -o $(DEMO)/dense --no-verify --overwrite
+	@for folder in dense out; do for question in "What is the capital of France?" "Why is the sky blue? Two sentences."; do \
+		echo; echo "[$$folder] $$question"; mixt run $(DEMO)/$$folder -p "$$question" --max-tokens 64 --temperature 0; done; done
+	@echo; echo "$(DEMO)/out is the exported folder, $(DEMO)/out/report.html its proof; talk to it: $(BIN)/mixt chat $(DEMO)/out"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
