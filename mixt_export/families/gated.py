@@ -9,7 +9,6 @@ from mixt_export.families.config import Config, expect, flag, number, size
 from mixt_export.families.rope import read_rope
 from mixt_export.families.wiring import Block, Decoder, Linear
 
-
 #: A bound on what config.json claims, so that a corrupt one cannot make us build graphs for hours.
 _MOST_LAYERS = 1024
 

@@ -14,7 +14,6 @@ from mixt_export.families.wiring import Block, Decoder
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, Dim, GraphBuilder
 from mixt_export.lower.weights import DTYPES, Weights
 
-
 #: ONNX Runtime's kernel refuses other head sizes when it runs (not when it loads).
 _GQA_HEAD_MULTIPLE = 16
 
