@@ -24,7 +24,7 @@ def tucker_heads(
 ) -> FactorizedLinear:
     """One of q, k, v, o of W[i] = G[i] ×1 U1 ×2 U2 ×3 U3, i over heads; W (features, head_dim, 4) per head.
 
-    ``ranks`` = (R1, R2, R3). The tensors carry the prefix ``shared``, so the four projections built with the same prefix
+    ``ranks`` = (R1, R2, R3). The tensors carry the prefix ``shared``: the four projections built with the same prefix
     share them: ``.u1`` (features, R1), ``.core`` (heads, R1, R2, R3), ``.u2`` (head_dim, R2); of U3 (4, R3) each
     projection has its own row, ``.u3.q`` … ``.u3.o`` (R3,). q, k, v map features to heads·head_dim, o maps back.
     Raises NetworkError for another projection or ranks that are not three.
