@@ -71,9 +71,7 @@ def tucker2(
 
     With the outer two shared by name it is TD-MoE's expert or the stacked gate and up of TT-LLM (arXiv:2606.03465).
     """
-    require_sizes(
-        name, in_features=in_features, out_features=out_features, in_rank=in_rank, out_rank=out_rank
-    )
+    require_sizes(name, in_features=in_features, out_features=out_features, in_rank=in_rank, out_rank=out_rank)
     first, middle, last = core_names(name, 3, names)
     branch = Branch(
         (("i", in_features),),
