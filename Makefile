@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
-KEEP ?= 0.9
+KEEP ?= 0.95
 
 .PHONY: demo test lint bench golden clean
 

@@ -26,7 +26,8 @@ def blocks(language: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
-    write_tiny(folder / "smollm2", num_hidden_layers=2)  # stands for the sample, which `make demo` uses
+    # Stands for the sample, which `make demo` uses.
+    write_tiny(folder / "smollm2", num_hidden_layers=2, max_position_embeddings=1024)
     return folder
 
 
