@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mixt_export"
 
 #: From the top down; modules of one row may not import each other's rooms either.
 ORDER = [
-    ["cli", "demo"],
+    ["cli"],
     ["doctor", "inspection"],
     ["evaluation"],
     ["targets", "verification"],

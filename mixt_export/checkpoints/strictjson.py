@@ -23,6 +23,11 @@ def load_object(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Any]:
         return parse_object(file.read(limit), str(path))
 
 
+def load_optional(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at ``path``, or {} when there is no such file. Raises CheckpointError."""
+    return load_object(path) if path.is_file() else {}
+
+
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``text``; ``what`` (a file) begins the message of the CheckpointError."""
     try:

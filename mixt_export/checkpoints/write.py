@@ -94,8 +94,8 @@ def write_checkpoint(
         shutil.copyfile(companion, folder / companion.name)
 
 
-def encode_header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a safetensors file whose data are ``refs`` in that order; a multiple of 64 bytes."""
+def encode_header(refs: Iterable[TensorRef], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
+    """The first bytes of a safetensors file whose data are ``refs`` in that order; a multiple of ``alignment``."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for ref in refs:
@@ -107,7 +107,7 @@ def encode_header(refs: Iterable[TensorRef], metadata: Mapping[str, str]) -> byt
         }
         position = end
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 

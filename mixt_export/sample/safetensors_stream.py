@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mixt_export.checkpoints.write import encode_header
+from mixt_export.network import TensorRef
 
 #: The data section starts at a multiple of this, so that a mapping of the file keeps tensors aligned for SIMD loads.
 DATA_ALIGNMENT = 4096
@@ -26,7 +27,8 @@ def write_float32(
     """
     digest = hashlib.sha256()
     with path.open("wb") as sink:
-        head = header(shapes)
+        refs = [TensorRef(name, tuple(shape), "float32") for name, shape in shapes.items()]
+        head = encode_header(refs, {"format": "pt"}, DATA_ALIGNMENT)
         sink.write(head)
         digest.update(head)
         wanted = [(name, 4 * int(np.prod(shape))) for name, shape in shapes.items()]
@@ -45,15 +47,3 @@ def write_float32(
         if at != len(wanted):
             raise ValueError(f"tensor {wanted[at][0]} is missing or incomplete")
     return digest.hexdigest()
-
-
-def header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The length field and JSON header of a file of float32 tensors laid out in the order of ``shapes``."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * int(np.prod(shape))
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text

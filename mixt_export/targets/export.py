@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mixt_export.checkpoints import Checkpoint, check_finite, open_checkpoint
+from mixt_export.checkpoints.strictjson import load_object, load_optional
 from mixt_export.errors import MixtError, UsageError
 from mixt_export.families import Decoder, decoder_of
 from mixt_export.lower import LoweredModel, lower_decoder
@@ -22,7 +23,7 @@ from mixt_export.progress import SILENT, Progress
 from mixt_export.resources import resource
 from mixt_export.staging import check_output, link_or_copy, require_space, staged_folder
 from mixt_export.targets.genai import genai_config
-from mixt_export.targets.manifest import FILE, build_manifest, read_json
+from mixt_export.targets.manifest import FILE, build_manifest
 from mixt_export.targets.registry import Target, dtype_named, target_named
 
 GRAPH_FILE = "model.onnx"
@@ -124,7 +125,7 @@ def export(
     digests = check_finite(plan.checkpoint.store, progress=progress, digests=True)
     with staged_folder(output, overwrite=overwrite, inputs=(source,)) as folder:
         linked = _write(plan, folder, digests, progress)
-        manifest = read_json(folder / FILE)
+        manifest = load_object(folder / FILE)
     result = ExportResult(output, plan, manifest, linked, time.monotonic() - began)
     if not verify:
         return result
@@ -160,7 +161,7 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
         files=files,
     )
     if plan.target.genai:
-        generation = read_json(folder / "generation_config.json")
+        generation = load_optional(folder / "generation_config.json")
         _write_json(folder / "genai_config.json", genai_config(manifest, checkpoint.config, generation))
     _write_json(folder / FILE, manifest)
     return all(linked)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mixt_export import __version__
 from mixt_export.checkpoints import Checkpoint
-from mixt_export.errors import CheckpointError
+from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.families.wiring import Decoder
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.weights import itemsize
@@ -17,7 +15,6 @@ from mixt_export.targets.registry import Target
 
 SCHEMA = 1
 FILE = "mixt_manifest.json"
-_LARGEST_JSON = 64 << 20
 
 
 def build_manifest(
@@ -87,7 +84,7 @@ def special_token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Several end tokens in either file are all kept: a chat model often lists more in the one than in the other.
     """
-    sources = [read_json(checkpoint.path / "generation_config.json"), dict(checkpoint.config)]
+    sources = [load_optional(checkpoint.path / "generation_config.json"), dict(checkpoint.config)]
     ends: list[int] = []
     for source in sources:
         given = source.get("eos_token_id")
@@ -101,18 +98,3 @@ def special_token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
         "pad_token_id": first("pad_token_id"),
         "eos_token_ids": list(dict.fromkeys(ends)),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when the file does not exist. Raises CheckpointError when it is something else."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _LARGEST_JSON:
-        raise CheckpointError(f"{path}: larger than {_LARGEST_JSON >> 20} MB; this is not a configuration file.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); restore the file.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object.")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.progress import Progress
 from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate
@@ -34,8 +34,8 @@ class Context:
         if not reference.is_dir():
             raise UsageError(f"{reference}: is not a folder; give the model folder that was exported with --reference.")
         self.graph = open_graph(exported)
-        self.manifest = read_json(exported / "mixt_manifest.json")
-        self.config = read_json(reference / "config.json")
+        self.manifest = load_optional(exported / "mixt_manifest.json")
+        self.config = load_optional(reference / "config.json")
         with progress.task("loading the PyTorch reference"):
             self.torch = TorchModel(reference, threads=options.threads, layers=self.graph.layers)
         if self.graph.vocab_size not in (0, self.torch.vocab_size):
@@ -133,19 +133,3 @@ class Context:
             comparison.nonfinite,
             errors.values(),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one when the file is absent.
-
-    Raises UsageError when it is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not readable JSON ({error}); export or copy it again.") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: must hold a JSON object; export or copy it again.")
-    return value
