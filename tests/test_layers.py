@@ -24,7 +24,7 @@ ORDER = [
     ["sample", "runtime"],
     ["checkpoints"],
     ["network"],
-    ["optional", "progress", "resources", "staging"],
+    ["optional", "progress", "resources", "staging", "tokenizer"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

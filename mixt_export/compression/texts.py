@@ -12,6 +12,7 @@ import numpy as np
 from mixt_export.compression.report import TextReport
 from mixt_export.errors import CheckpointError, UsageError
 from mixt_export.resources import texts as shipped_texts
+from mixt_export.tokenizer import load_tokenizer
 
 #: Of a longer file the first so many bytes are used: calibration needs thousands of tokens, not a library.
 MAX_TEXT_BYTES = 16 * 2**20
@@ -33,15 +34,10 @@ def open_tokenizer(folder: Path) -> Any:
 
     Raises CheckpointError when tokenizer.json is missing or not a tokenizer.
     """
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; calibration needs the model's tokenizer.json in its folder.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: not a tokenizer ({error}).") from error
+    return load_tokenizer(path)
 
 
 def read_text(path: Path) -> tuple[str, str]:

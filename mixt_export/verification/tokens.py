@@ -11,6 +11,7 @@ import numpy as np
 
 from mixt_export.errors import UsageError
 from mixt_export.resources import texts
+from mixt_export.tokenizer import load_tokenizer
 from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.session import Ids
 
@@ -59,20 +60,10 @@ def read_text(path: Path) -> str:
 def open_tokenizer(*folders: Path) -> Any:
     """The tokenizer.json of the first folder that has one, or None.
 
-    Raises UsageError when it cannot be read.
+    Raises CheckpointError when it cannot be read.
     """
-    for folder in folders:
-        path = folder / "tokenizer.json"
-        if path.is_file():
-            from tokenizers import Tokenizer
-
-            try:
-                return Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise UsageError(
-                    f"{path}: is not a readable tokenizer ({error}); copy it from the model again."
-                ) from error
-    return None
+    found = (folder / "tokenizer.json" for folder in folders)
+    return next((load_tokenizer(path) for path in found if path.is_file()), None)
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> Ids:

@@ -304,7 +304,7 @@ def test_a_missing_or_foreign_tokenizer_is_named(tmp_path: Path, model: Path, te
         compress(model, tmp_path / "out", calib=[text], settings=SETTINGS)
     compress(model, tmp_path / "plain", method="svd")  # needs no text
     (model / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a tokenizer"):
+    with pytest.raises(CheckpointError, match="not a readable tokenizer"):
         compress(model, tmp_path / "out", calib=[text], settings=SETTINGS)
     small = write_tiny(tmp_path / "small", vocab_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     (small / "tokenizer.json").write_text(tokenizer)
