@@ -18,7 +18,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         low_rank = folder / "low-rank"
-        command = mixt("compress", sample(), "-o", low_rank, "--method", "svd", "--keep", "0.9")
+        command = mixt("compress", sample(), "-o", low_rank, "--keep", "0.9")
         subprocess.run(command, check=True, capture_output=True)
         cases = {
             "dense ort fp32": (sample(), "ort", "fp32"),

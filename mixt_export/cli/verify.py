@@ -94,7 +94,9 @@ def print_report(report: Report) -> None:
         if check.reason:
             typer.echo(f"{check.title}: {check.reason}")
     if report.dtype_cost:
-        typer.echo(f"PyTorch at {report.dtype_cost.dtype} costs rel-L2 {report.dtype_cost.rel_l2:.1e}.")
+        typer.echo(
+            f"PyTorch float32 and PyTorch {report.dtype_cost.dtype} differ by rel-L2 {report.dtype_cost.rel_l2:.1e}."
+        )
     if report.minimum_tolerance is None:
         typer.echo("no tolerance passes.")
     else:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.progress import Progress
-from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate
+from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate, rounding_gate
 from mixt_export.verification.graph import open_graph
 from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.metrics import LogitsComparison
@@ -77,7 +77,21 @@ class Context:
         """The bar; at float16 it is found by running PyTorch at float16."""
         if self.graph.dtype == "float32":
             return float32_gate(self.graph.layers, self.options.tolerance)
-        return dtype_gate(self._dtype_cost(), self.options.tolerance)
+        return dtype_gate(self._dtype_cost(self.graph.dtype), self.options.tolerance)
+
+    def judge_by_rounding(self) -> bool:
+        """Move a float32 gate to what rounding costs this very model; returns whether that changes the bar.
+
+        Runs PyTorch at float64, so it is asked for only when the usual bar failed. Does nothing where the user set it.
+        """
+        if self.graph.dtype != "float32" or self.options.tolerance is not None:
+            return False
+        usual, moved = self.gate.tolerance, rounding_gate(self._dtype_cost("float64"))
+        if moved.tolerance <= usual:
+            return False
+        self.gate = moved
+        self.layers = LayerErrors(self.graph.layers)
+        return True
 
     def comparison(self) -> LogitsComparison:
         """An empty comparison at the gate's tolerance."""
@@ -109,8 +123,8 @@ class Context:
             self._instrumented = instrumented
         return self._runner
 
-    def _dtype_cost(self) -> DtypeCost:
-        dtype = self.graph.dtype
+    def _dtype_cost(self, dtype: str) -> DtypeCost:
+        """PyTorch at ``dtype`` beside PyTorch float32 on a few windows."""
         with self.progress.task(f"running PyTorch at {dtype}"):
             model = TorchModel(self.reference, dtype=dtype, threads=self.options.threads, layers=self.graph.layers)
             comparison = LogitsComparison(0.0)

@@ -60,6 +60,24 @@ def float32_gate(layers: int, tolerance: float | None) -> Gate:
     return Gate(bar, [bar] * layers, origin="--tolerance" if tolerance else "float32")
 
 
+def rounding_gate(cost: DtypeCost) -> Gate:
+    """The gate of a float32 export of a model that amplifies rounding itself (a badly compressed one does).
+
+    ``cost`` is PyTorch float32 against PyTorch float64. The reference is off by that much, the exported model may be
+    off by ``DTYPE_FACTOR`` times as much, and they may err in opposite directions. A model that does not amplify
+    keeps the usual bar.
+    """
+    factor = 1 + DTYPE_FACTOR
+    bar, *layers = (
+        max(FLOAT32_TOLERANCE, factor * error) if math.isfinite(error) else FLOAT32_TOLERANCE
+        for error in (cost.rel_l2, *cost.layers)
+    )
+    origin = (
+        f"{factor:g} x what rounding to float32 costs PyTorch against float64" if bar > FLOAT32_TOLERANCE else "float32"
+    )
+    return Gate(bar, layers, origin=origin, cost=cost)
+
+
 def dtype_gate(cost: DtypeCost, tolerance: float | None) -> Gate:
     """The gate of an export at a lower precision: judged by what the dtype itself costs."""
     overflow = not math.isfinite(cost.rel_l2)

@@ -17,7 +17,7 @@ Observe = Callable[[int, NDArray[np.float32]], None]
 
 
 class TorchModel:
-    """A model folder in PyTorch on the CPU at ``dtype`` ("float32" or "float16").
+    """A model folder in PyTorch on the CPU at ``dtype`` ("float32", "float16" or "float64").
 
     ``layers``: keep only the first so many blocks (an export made with --num-layers has that many).
     Raises MissingDependencyError without torch or transformers, and what load_reference raises.

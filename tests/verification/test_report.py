@@ -101,7 +101,7 @@ def test_html_shows_memory_and_dtype_cost(model: Path, tmp_path: Path) -> None:
     folder = write_handmade(tmp_path / "half", model, dtype="float16")
     half = verify(folder, model, options=VerifyOptions(positions=20, greedy_tokens=3, memory=False, threads=1))
     text = parsed(half).text
-    assert "PyTorch itself at float16" in text
+    assert "PyTorch float32 and PyTorch float16 differ" in text
     assert "Predicted from the graph" in text
     assert half.memory is not None
     assert size(half.memory.decode.weights) in text
