@@ -45,6 +45,8 @@ class Timed:
         one = np.array([[17]], np.int64)
         return sum(self.step(one, context + step) for step in range(steps)) / steps
 
-    def prefill(self, tokens: int) -> float:
-        """Seconds for ``tokens`` new tokens."""
-        return self.step(np.arange(5, 5 + tokens, dtype=np.int64)[None], 0)
+    def prefill(self, tokens: int, chunk: int | None = None) -> float:
+        """Seconds for ``tokens`` new tokens, in one call or in calls of ``chunk`` tokens over the same cache."""
+        size = chunk or tokens
+        ids = np.arange(5, 5 + tokens, dtype=np.int64)[None]
+        return sum(self.step(np.ascontiguousarray(ids[:, at : at + size]), at) for at in range(0, tokens, size))
