@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from mixt_export import __version__
 from mixt_export.checkpoints import Checkpoint
-from mixt_export.errors import CheckpointError
 from mixt_export.families.wiring import Block, Decoder
 from mixt_export.lower.attention import ATTENTIONS, Attention, Cache, Heads, Inputs
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, Dim, GraphBuilder
@@ -79,7 +78,7 @@ class _Lowering:
 
     def _embed(self) -> ir.Value:
         d = self.decoder
-        self._expect(d.embedding, (d.vocab_size, d.hidden_size))
+        self.weights.expect(d.embedding, (d.vocab_size, d.hidden_size))
         table = self.builder.initializer(self.weights.tensor(d.embedding))
         return self.builder.op(
             "Gather", [table, self.input_ids], name="/model/embed_tokens/Gather", dtype=self.dtype,
@@ -124,7 +123,7 @@ class _Lowering:
         if d.head is not None and not is_dense(self.linears, [d.head]):
             logits = lower_linear(self.linears, d.head, x, "/lm_head")
         else:
-            self._expect(weight, (d.vocab_size, d.hidden_size))
+            self.weights.expect(weight, (d.vocab_size, d.hidden_size))
             table = b.initializer(self.weights.tensor(weight))
             logits = self._product_with_rows(x, table, shape)
             if d.head is not None:
@@ -157,7 +156,7 @@ class _Lowering:
 
     def _norm(self, x: ir.Value, weight: str, node: str) -> ir.Value:
         """RMS norm; its statistics are float32 whatever the graph's dtype (stash_type 1)."""
-        self._expect(weight, (self.decoder.hidden_size,))
+        self.weights.expect(weight, (self.decoder.hidden_size,))
         return self._rms(x, weight, node, self._shape(self.decoder.hidden_size))
 
     def _head_norm(self, x: ir.Value, weight: str | None, heads: int, node: str) -> ir.Value:
@@ -165,7 +164,7 @@ class _Lowering:
         if weight is None:
             return x
         b, dim = self.builder, self.decoder.head_dim
-        self._expect(weight, (dim,))
+        self.weights.expect(weight, (dim,))
         split: list[Dim] = ["batch", "seq", heads, dim]
         apart = b.op(
             "Reshape", [x, b.constant(np.array([0, 0, heads, dim]), f"split_{heads}_heads")], name=f"{node}/split",
@@ -186,14 +185,6 @@ class _Lowering:
 
     def _binary(self, op_type: str, a: ir.Value, b: ir.Value, node: str, features: int) -> ir.Value:
         return self.builder.op(op_type, [a, b], name=node, dtype=self.dtype, shape=self._shape(features))
-
-    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
-        found = self.weights.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{self.weights.checkpoint.path}: tensor {name!r} has shape {list(found)}, config.json wants "
-                f"{list(shape)}."
-            )
 
 
 def _stem(name: str) -> str:

@@ -57,7 +57,7 @@ def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, 
     weights, builder = context.weights, context.builder
     names = [f"{linear.name}.weight" for linear in linears]
     for linear, name in zip(linears, names, strict=True):
-        _check_shape(weights, name, (linear.out_features, linear.in_features))
+        weights.expect(name, (linear.out_features, linear.in_features))
         context.forms[linear.name] = "dense"
     stem = node.rsplit("/", 1)[-1]
     label = names[0] if len(names) == 1 else f"{linears[0].name.rsplit('.', 1)[0]}.{stem}.weight"
@@ -76,7 +76,7 @@ def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, 
         return y
     biases = [f"{linear.name}.bias" for linear in linears]
     for linear, bias in zip(linears, biases, strict=True):
-        _check_shape(weights, bias, (linear.out_features,))
+        weights.expect(bias, (linear.out_features,))
     b = builder.initializer(weights.stacked(biases, label.removesuffix("weight") + "bias"))
     return builder.op("Add", [y, b], name=f"{node}/Add", dtype=dtype, shape=shape)
 
@@ -139,11 +139,3 @@ def _network(factors: FactorizedLinear, opset: int) -> Form | None:
 
 #: Tried in order with the graph's opset; the first that recognises the structure lowers it.
 FORMS: tuple[Callable[[FactorizedLinear, int], Form | None], ...] = (_low_rank, _network)
-
-
-def _check_shape(weights: Weights, name: str, expected: tuple[int, ...]) -> None:
-    found = weights.shape(name)
-    if found != expected:
-        raise CheckpointError(
-            f"{weights.checkpoint.path}: tensor {name!r} has shape {list(found)}, config.json wants {list(expected)}."
-        )

@@ -66,6 +66,14 @@ class Weights:
         """Shape of a stored tensor. Raises CheckpointError when it is missing."""
         return self._stored(name).ref.shape
 
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the stored tensor ``name`` has the ``shape`` that config.json implies."""
+        found = self.shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name!r} has shape {list(found)}, config.json wants {list(shape)}."
+            )
+
     def in_place(self, names: Sequence[str]) -> bool:
         """Whether ``names``, stacked along axis 0, can be pointed at where they lie."""
         stored = [self._stored(name) for name in names]
