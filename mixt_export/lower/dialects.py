@@ -46,7 +46,7 @@ DIALECTS = {
             opset=23,
             operators={
                 "": _STANDARD,
-                MICROSOFT_DOMAIN: frozenset(["GroupQueryAttention", "FusedMatMul", "SkipSimplifiedLayerNormalization"]),
+                MICROSOFT_DOMAIN: frozenset(["GroupQueryAttention", "FusedMatMul"]),
                 MIXT_DOMAIN: frozenset("*"),
             },
             padding="right",

@@ -94,11 +94,9 @@ class Weights:
         nbytes = sum(tensor.nbytes for tensor in stored)
         return self._external(stored[0].path.name, stored[0].offset, nbytes, shape, name)
 
-    def tensor(self, stored_name: str, name: str | None = None) -> ir.TensorProtocol:
+    def tensor(self, name: str) -> ir.TensorProtocol:
         """One stored tensor in its stored layout: in place when the dtype is right, else streamed and converted."""
-        if self.in_place([stored_name]):
-            return self.refer([stored_name], name or stored_name)
-        return self._stream([stored_name], self.shape(stored_name), name or stored_name, transpose=False)
+        return self.stacked([name], name)
 
     def transposed(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
         """Matrices (out, in) stacked along their outputs and transposed to (in, sum of out), streamed."""
