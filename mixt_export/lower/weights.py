@@ -18,11 +18,15 @@ import numpy as np
 import onnx_ir as ir
 
 from mixt_export.checkpoints import Checkpoint, StoredTensor
-from mixt_export.errors import CheckpointError
+from mixt_export.checkpoints.dtypes import largest, numpy_dtype
+from mixt_export.errors import CheckpointError, MixtError, UnsupportedError
 from mixt_export.progress import SILENT, Progress
 
 STREAMED_FILE = "model.onnx.data"
 _ALIGNMENT = 64
+
+Derive = Callable[[Callable[[str], np.ndarray[Any, Any]]], np.ndarray[Any, Any]]
+"""Makes a tensor, given a function that loads stored tensors by name."""
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -114,6 +118,28 @@ class Weights:
         """A tensor that is no weight of the checkpoint (rotary tables), streamed in its own dtype."""
         return self._append(name, array.shape, str(array.dtype), (lambda: array,))
 
+    def derived(self, name: str, shape: Sequence[int], sources: Sequence[str], make: Derive) -> ir.TensorProtocol:
+        """A tensor of the graph's dtype computed from stored ones, streamed.
+
+        ``make(load)`` gives it in float64, of ``shape``; ``load(source)`` reads one of ``sources`` as float32. Raises
+        CheckpointError when a source is missing; writing raises UnsupportedError when a value does not fit the dtype.
+        """
+        for source in sources:
+            self._stored(source)
+        return self._append(name, shape, self.dtype, (lambda: self._computed(name, tuple(shape), make),))
+
+    def _computed(self, name: str, shape: tuple[int, ...], make: Derive) -> np.ndarray[Any, Any]:
+        wide = make(lambda source: self.checkpoint.store.read(source, "float32"))
+        if wide.shape != shape:
+            raise MixtError(f"{name}: was made of shape {wide.shape}, planned as {shape}. Please report this.")
+        dtype = numpy_dtype(self.dtype)
+        if wide.size and max(-wide.min(), wide.max()) > largest(self.dtype):
+            raise UnsupportedError(
+                f"{name}: merged weights do not fit {self.dtype} (largest {largest(self.dtype):g}); "
+                "choose a wider dtype."
+            )
+        return np.ascontiguousarray(wide, dtype)
+
     def _stored(self, name: str) -> StoredTensor:
         try:
             return self.checkpoint.store[name]
@@ -170,7 +196,7 @@ def write_streamed(weights: Weights, folder: Path, progress: Progress = SILENT) 
             file.seek(entry.offset)
             for part in entry.parts:
                 array = part()
-                file.write(array.data.cast("B"))
+                file.write(array.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
                 del array
             advance(1)
         file.truncate(weights.streamed_bytes)
