@@ -1,6 +1,7 @@
-"""A torch module that executes a factorised linear of the IR, activation first.
+"""Torch modules that execute a factorised linear of the IR.
 
-Written for reading, not for speed, and independently of the lowering to ONNX: it is what exported graphs are judged by.
+Written for reading, not for speed, and independently of the lowering to ONNX: they are what exported graphs are judged
+by. A structure with a module of its own stands in MODULES; every other network is contracted activation first.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from torch import nn
 
 from mixt_export import network
 from mixt_export.network import Branch
+from mixt_export.reference.tensor_mixture import MixTLinear, MixTShape
 
 Load = Callable[[str], nn.Parameter]
 """Name of a stored tensor -> its parameter; one object per name, so shared cores are shared parameters."""
+
+LoadIndex = Callable[[str], torch.Tensor]
+"""Name of a stored index vector -> int64 tensor."""
 
 _TOKENS = ""
 """Label of the flattened leading axes; labels of the IR are never empty."""
@@ -24,7 +29,7 @@ _TOKENS = ""
 class FactorizedLinear(nn.Module):
     """y = Σ_branches scale · network(x) + sparse · x + bias for x (..., in), y (..., out), in the cores' dtype."""
 
-    def __init__(self, linear: network.FactorizedLinear, load: Load, load_index: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, linear: network.FactorizedLinear, load: Load, load_index: LoadIndex) -> None:
         super().__init__()
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -65,6 +70,24 @@ class FactorizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Features and method, as torch prints modules."""
         return f"in_features={self.in_features}, out_features={self.out_features}, method={self.linear.method!r}"
+
+
+def _mixt(linear: network.FactorizedLinear, load: Load, _load_index: LoadIndex) -> nn.Module | None:
+    shape = MixTShape.of(linear)
+    if shape is None:
+        return None
+    bias = None if linear.bias is None else load(linear.bias.name)
+    return MixTLinear(shape, [load(tensor.name) for tensor in linear.core_tensors()], bias)
+
+
+#: Structures with a module of their own: each gives the module, or None when the network is not of that structure.
+MODULES: tuple[Callable[[network.FactorizedLinear, Load, LoadIndex], nn.Module | None], ...] = (_mixt,)
+
+
+def linear_module(linear: network.FactorizedLinear, load: Load, load_index: LoadIndex) -> nn.Module:
+    """The module that executes ``linear``: the first of MODULES that knows the structure, or FactorizedLinear."""
+    made = (make(linear, load, load_index) for make in MODULES)
+    return next((module for module in made if module is not None), None) or FactorizedLinear(linear, load, load_index)
 
 
 def _is_low_rank(branch: Branch) -> bool:

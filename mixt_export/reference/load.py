@@ -10,7 +10,7 @@ from torch import nn
 
 from mixt_export.checkpoints import Checkpoint, open_checkpoint
 from mixt_export.errors import CheckpointError, UsageError
-from mixt_export.reference.linear import FactorizedLinear
+from mixt_export.reference.linear import linear_module
 from mixt_export.reference.skeleton import build_skeleton
 from mixt_export.reference.tensors import read_tensor, torch_dtype
 
@@ -23,10 +23,10 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 def load_reference(model_dir: str | Path, *, dtype: str = "float32", attn: str = "eager") -> nn.Module:
     """Load ``model_dir`` as transformers' AutoModelForCausalLM in eval mode on the CPU, without gradients.
 
-    Weights come from the folder's headers-checked store, one tensor at a time; each factorised linear is a
-    FactorizedLinear that executes its network activation-first and never builds the dense matrix. ``dtype``: float32,
-    float16, bfloat16 or float64, of weights and activations; ``attn``: "eager" or "sdpa". Local files only; no code of
-    the folder is run.
+    Weights come from the folder's headers-checked store, one tensor at a time; each factorised linear is a module that
+    executes its network activation-first (reference.linear; MixT builds its matrix where that is cheaper). ``dtype``:
+    float32, float16, bfloat16 or float64, of weights and activations; ``attn``: "eager" or "sdpa". Local files only; no
+    code of the folder is run.
 
     Raises CheckpointError when a tensor is missing, unexpected or of the wrong shape, UnsupportedError for an unknown
     model type, UsageError for an unknown dtype or attention, MissingDependencyError without transformers.
@@ -77,7 +77,7 @@ class _Filler:
                 f"{self.checkpoint.path}: the factorised linear {name!r} {'has' if linear.bias else 'lacks'} a bias, "
                 "against config.json."
             )
-        module = FactorizedLinear(linear, self._parameter, self._index)
+        module = linear_module(linear, self._parameter, self._index)
         self.model.set_submodule(name, module.eval().requires_grad_(False))
 
     def _parameter(self, name: str, shape: tuple[int, ...] | None = None) -> nn.Parameter:
@@ -105,7 +105,7 @@ class _Filler:
         """Name of the output embedding's weight when config.json ties it to the input embedding."""
         model: Any = self.model
         head = model.get_output_embeddings()
-        if head is None or isinstance(head, FactorizedLinear) or not model.config.tie_word_embeddings:
+        if head is None or not isinstance(head, nn.Linear) or not model.config.tie_word_embeddings:
             return None
         return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
