@@ -1,36 +1,39 @@
-"""`mixt compress`: replace a model's linear layers by low-rank factors."""
+"""`mixt compress`: replace a model's linear layers by factors."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixt_export.compression.method import METHODS, OBJECTIVES
+from mixt_export.compression.method import DEFAULT_METHOD, METHODS, OBJECTIVES
 from mixt_export.compression.settings import Settings
 from mixt_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from mixt_export.compression import CompressionReport
-    from mixt_export.compression.run import Plan
+    from collections.abc import Iterator
+
+    from mixt_export.compression import CompressionReport, LayerReport
+    from mixt_export.compression.controls import Controls
+    from mixt_export.compression.job import Plan
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _DEFAULTS = Settings()
+_LOW_RANK, _MIXT = "Low rank methods", "MixT"
 
 
 @app.command()
 def compress(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Dense Hugging Face model folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gfw-svd",
-    keep: Annotated[float, typer.Option(help="Share of the targeted linears' parameters to keep, 0 to 1.")] = 0.9,
-    calib: Annotated[
-        list[str] | None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    blocks: Annotated[
+        str | None,
         typer.Option(
-            metavar="FILE|self",
-            help="UTF-8 text; repeat to mix. 'self': text the model samples. Default: the shipped texts.",
+            metavar="BLOCKS",
+            help="last:N, first:N, a list such as 0,3,7-9, or all. Default: all for low rank, last:4 for mixt.",
         ),
     ] = None,
     include: Annotated[
@@ -39,26 +42,83 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave linears whose path matches. Repeatable.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="auto, uniform, water-filling, or a JSON file {linear: rank}.")] = "auto",
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|self",
+            help="UTF-8 text; repeat to mix. 'self': text the model samples. Default: the shipped texts.",
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the targeted linears' parameters to keep, 0 to 1. Default: 0.9.", rich_help_panel=_LOW_RANK
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, uniform, water-filling, or a JSON file {linear: rank}. Default: auto.",
+            rich_help_panel=_LOW_RANK,
+        ),
+    ] = None,
     objective: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(OBJECTIVES)}. Default: the method's own.")
+        str | None,
+        typer.Option(help=f"One of {', '.join(OBJECTIVES)}. Default: the method's own.", rich_help_panel=_LOW_RANK),
+    ] = None,
+    fisher_windows: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Windows of them that give gradients (gfw-svd). Default: {_DEFAULTS.fisher_windows}.",
+            rich_help_panel=_LOW_RANK,
+        ),
+    ] = None,
+    n_tensors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|REGEX=N",
+            help="N_T, tensors per linear, or of the linears whose path matches. Repeatable. Default: 4.",
+            rich_help_panel=_MIXT,
+        ),
+    ] = None,
+    bond: Annotated[int | None, typer.Option(help="Local dimension d. Default: 2.", rich_help_panel=_MIXT)] = None,
+    paper_padding: Annotated[
+        bool | None,
+        typer.Option("--paper-padding", help="Pad features to powers of d as the paper does.", rich_help_panel=_MIXT),
+    ] = None,
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute",
+            help="Reorder the hidden channels of MLPs to suit MixT; free when the model runs. Default: do.",
+            rich_help_panel=_MIXT,
+        ),
+    ] = None,
+    refine_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of block refinement after the closed form; 0: none.", rich_help_panel=_MIXT),
+    ] = None,
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Score the result beside deleted blocks and equal low rank on held-out texts. Default: do.",
+            rich_help_panel=_MIXT,
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the factors: float32, float16, bfloat16. Default: the model's.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = _DEFAULTS.windows,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = _DEFAULTS.window,
-    fisher_windows: Annotated[
-        int, typer.Option(help="Windows of them that give gradients (gfw-svd).")
-    ] = _DEFAULTS.fisher_windows,
-    seed: Annotated[int, typer.Option(help="Seed of --calib self; all else is deterministic.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --calib self and of refinement; all else is deterministic.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report there too (JSON; always in OUT).")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")] = False,
 ) -> None:
-    """Replace a model's linear layers by low-rank factors and say what each layer became."""
+    """Replace a model's linear layers by factors and say what each layer became."""
     from dataclasses import replace
 
     from mixt_export.cli.draw import RichProgress
@@ -71,24 +131,35 @@ def compress(
 
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"--report {report}: its folder does not exist; make it first.")
-    settings = replace(_DEFAULTS, windows=windows, window=window, fisher_windows=fisher_windows)
-    given = {
+    measured = {"windows": windows, "window": window, "fisher_windows": fisher_windows}
+    settings = replace(_DEFAULTS, **{name: value for name, value in measured.items() if value is not None})
+    everywhere: dict[str, Any] = {
         "method": method,
-        "keep": keep,
-        "calib": calib or (),
+        "blocks": blocks,
         "include": include or (),
         "exclude": exclude or (),
-        "ranks": ranks,
-        "objective": objective,
+        "calib": calib or (),
         "settings": settings,
         "dtype": dtype,
         "seed": seed,
         "overwrite": overwrite,
     }
+    of_a_family = {
+        "keep": keep,
+        "ranks": ranks,
+        "objective": objective,
+        "n_tensors": n_tensors,
+        "bond": bond,
+        "paper_padding": paper_padding,
+        "permute": permute,
+        "refine_steps": refine_steps,
+        "controls": controls,
+    }
+    given = everywhere | {name: value for name, value in of_a_family.items() if value is not None}
     if dry_run:
-        _show_plan(plan(model, output, **given))  # type: ignore[arg-type]
+        _show_plan(plan(model, output, **given))
         return
-    result = run(model, output, progress=RichProgress(), **given)  # type: ignore[arg-type]
+    result = run(model, output, progress=RichProgress(), **given)
     _show(result, output)
     if report is not None:
         import json
@@ -97,8 +168,9 @@ def compress(
 
 
 def _show_plan(plan: Plan) -> None:
+    recipe = ", ".join(f"{name} {value}" for name, value in plan.recipe.items())
     typer.echo(
-        f"{plan.method} ({plan.objective}, {plan.ranks} ranks): {len(plan.targets)} linears, "
+        f"{plan.method} ({recipe}): {len(plan.targets)} linears, "
         f"{plan.dense / 1e6:.1f} M parameters, of which {plan.budget / 1e6:.1f} M are kept"
     )
     typer.echo(f"calibration: {', '.join(plan.calibration) or 'none needed'}")
@@ -111,21 +183,19 @@ def _show(report: CompressionReport, output: Path) -> None:
     from rich.table import Table
 
     table = Table(
-        "linears", "layers", "kept", "stay dense", "ranks", "output error", title=f"{report.method} → {output}"
+        "linears", "layers", "kept", "stay dense", "became", "output error", title=f"{report.method} → {output}"
     )
-    kinds: dict[str, list[int]] = {}
-    for index, layer in enumerate(report.layers):
-        kinds.setdefault(layer.name.rpartition(".")[2], []).append(index)
-    for kind, indices in kinds.items():
-        layers = [report.layers[index] for index in indices]
-        ranks = sorted(layer.rank for layer in layers if layer.rank is not None)
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    for kind, layers in kinds.items():
         dense = sum(layer.out_features * layer.in_features for layer in layers)
         table.add_row(
             kind,
             str(len(layers)),
             f"{sum(layer.params for layer in layers) / dense:.3f}",
-            str(len(layers) - len(ranks)),
-            f"{ranks[0]}–{ranks[-1]}" if ranks else "–",
+            str(sum(layer.method == "dense" for layer in layers)),
+            ", ".join(_became(layers)) or "–",
             f"{max(layer.output_error for layer in layers):.3g} at most",
         )
     console = Console(highlight=False)
@@ -134,7 +204,31 @@ def _show(report: CompressionReport, output: Path) -> None:
         f"kept {report.keep_achieved:.4f} of {report.linears_params_before / 1e6:.1f} M parameters in the targeted "
         f"linears; the model has {report.model_params_after / 1e6:.1f} M of {report.model_params_before / 1e6:.1f} M"
     )
+    if report.controls is not None:
+        _show_controls(console, report.controls)
     console.print(
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_rss_bytes / 1e6:.0f} MB; "
         f"every layer is in {output / 'compress_report.json'}"
     )
+
+
+def _became(layers: list[LayerReport]) -> Iterator[str]:
+    """Ranks and numbers of tensors, each as a value or a range."""
+    ranks = [layer.rank for layer in layers if layer.rank is not None]
+    terms = [layer.terms for layer in layers if layer.terms is not None]
+    for what, found in (("rank", ranks), ("N_T", terms)):
+        if found:
+            low, high = min(found), max(found)
+            yield f"{what} {low}" if low == high else f"{what} {low}–{high}"
+
+
+def _show_controls(console: Any, controls: Controls) -> None:
+    from rich.table import Table
+
+    table = Table("", "parameters", title="perplexity (KL to dense in nats) on held-out texts", title_justify="left")
+    for scores in controls.texts:
+        table.add_column(f"{scores.text}\n{scores.domain}")
+    for variant, params in controls.params.items():
+        cells = [scores.scores[variant] for scores in controls.texts]
+        table.add_row(variant, f"{params / 1e6:.2f} M", *(f"{cell.perplexity:.4g} ({cell.kl:.3f})" for cell in cells))
+    console.print(table)

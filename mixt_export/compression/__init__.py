@@ -14,7 +14,8 @@ from mixt_export.compression.settings import Settings
 from mixt_export.optional import require
 
 if TYPE_CHECKING:
-    from mixt_export.compression.run import Plan, compress, plan
+    from mixt_export.compression.job import Plan
+    from mixt_export.compression.run import compress, plan
 
 __all__ = [
     "METHODS",

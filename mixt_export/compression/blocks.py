@@ -120,34 +120,44 @@ class BlockwiseModel:
         ``hidden(window)`` gives (length, features); returns (windows, length, features) and nats per token. Logits
         exist for a few hundred tokens at a time. The last position of a window has no next token and gradient zero.
         """
+        length = tokens.shape[1]
+        gradients = torch.zeros(len(tokens), length, self.hidden)
+        total = 0.0
+        with self.head() as logits:
+            for window in range(len(tokens)):
+                rows, targets = hidden(window), torch.from_numpy(tokens[window, 1:])
+                for span in self.spans(length - 1):
+                    part = rows[span].detach().requires_grad_(True)
+                    loss = nn.functional.cross_entropy(logits(part), targets[span], reduction="sum")
+                    (gradients[window, span],) = torch.autograd.grad(loss, part)
+                    total += loss.item()
+        return gradients, total / (len(tokens) * max(1, length - 1))
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """While open: the last block's output (tokens, features) -> logits (tokens, vocabulary) float32.
+
+        Gradients flow to the argument. Call it for one of ``spans`` at a time.
+        """
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
-        tied = bool(self.model.config.tie_word_embeddings)
         self._materialise(self.base.norm)
-        if tied:
+        if bool(self.model.config.tie_word_embeddings):
             self._materialise(embedding)
             head.register_parameter("weight", embedding.weight)
         else:
             self._materialise(head)
-        length = tokens.shape[1]
-        step = max(1, LOGITS_AT_ONCE // self.vocabulary)
-        gradients = torch.zeros(len(tokens), length, self.hidden)
-        total = 0.0
         try:
-            for window in range(len(tokens)):
-                rows, targets = hidden(window), torch.from_numpy(tokens[window, 1:])
-                for start in range(0, length - 1, step):
-                    stop = min(start + step, length - 1)
-                    part = rows[start:stop].detach().requires_grad_(True)
-                    loss = nn.functional.cross_entropy(
-                        head(self.base.norm(part)).float(), targets[start:stop], reduction="sum"
-                    )
-                    (gradients[window, start:stop],) = torch.autograd.grad(loss, part)
-                    total += loss.item()
+            yield lambda hidden: head(self.base.norm(hidden)).float()
         finally:
             for module in (self.base.norm, embedding, head):
                 module.to("meta")
-        return gradients, total / (len(tokens) * max(1, length - 1))
+
+    def spans(self, tokens: int) -> Iterator[slice]:
+        """Slices that cover range(tokens), each of as many tokens as logits may exist for at once."""
+        step = max(1, LOGITS_AT_ONCE // self.vocabulary)
+        for start in range(0, tokens, step):
+            yield slice(start, min(start + step, tokens))
 
     def _materialise(self, module: nn.Module) -> None:
         path = self._paths[module]

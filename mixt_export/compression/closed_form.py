@@ -60,13 +60,21 @@ def anchored_target(weight: torch.Tensor, cross: torch.Tensor, gram: torch.Tenso
     ``weight`` (out, in); ``cross`` = mean A Bᵀ, ``gram`` = mean B Bᵀ (in, in). The ridge pulls towards W, not towards
     zero: where the tokens say nothing the layer stays what it was. Returns (out, in) float64.
     """
+    return regressed(weight, weight.double() @ cross.double(), gram, damping)
+
+
+def regressed(weight: torch.Tensor, outputs: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """T = argmin mean ||y - T b||² + ridge ||W - T||², ridge = damping · mean diag S.
+
+    As ``anchored_target``, from ``outputs`` = mean y Bᵀ (out, in) of the wanted outputs y. Returns (out, in) float64.
+    """
     level = float(gram.diagonal().mean())
     if level <= 0.0:
         return weight.double()
-    ridge = damping * level * torch.eye(len(gram), dtype=torch.float64)
-    lower = cholesky(gram.double() + ridge)
-    # T S = W C, solved from the right: Sᵀ Tᵀ = (W C)ᵀ
-    solved: torch.Tensor = torch.cholesky_solve((weight.double() @ (cross.double() + ridge)).T, lower)
+    ridge = damping * level
+    lower = cholesky(gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64))
+    # T S = Y, solved from the right: Sᵀ Tᵀ = Yᵀ
+    solved: torch.Tensor = torch.cholesky_solve((outputs.double() + ridge * weight.double()).T, lower)
     return solved.T
 
 

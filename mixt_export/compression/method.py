@@ -1,4 +1,4 @@
-"""What a compression method is, and the registry. Imports nothing heavy: the command line lists it."""
+"""What a compression method is, and the registries. Imports nothing heavy: the command line lists them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ METHODS = {
     "svd-llm": "mixt_export.compression.methods.svd_llm",
     "aa-svd": "mixt_export.compression.methods.aa_svd",
     "svd": "mixt_export.compression.methods.svd",
+    "mixt": "mixt_export.compression.methods.mixt",
 }
+DEFAULT_METHOD = "gfw-svd"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as data. ``fisher``: outputs are weighed by the Fisher matrix of the loss, else by the identity."""
+    """A method as data. ``family`` says how it runs, see families.FAMILIES."""
 
     name: str
     summary: str
+    family: str
+
+
+@dataclass(frozen=True)
+class LowRankMethod(Method):
+    """``fisher``: outputs are weighed by the Fisher matrix of the loss, else by the identity."""
+
     objective: str
     objectives: tuple[str, ...]
     fisher: bool
@@ -48,7 +57,7 @@ def get_method(name: str) -> Method:
     return method
 
 
-def choose_objective(method: Method, objective: str | None) -> str:
+def choose_objective(method: LowRankMethod, objective: str | None) -> str:
     """``objective``, or the method's own when None. UsageError when the method has no such objective."""
     if objective is None:
         return method.objective

@@ -5,25 +5,28 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mixt_export.compression.controls import Controls
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One targeted linear. ``rank`` None: it stays dense.
+    """One targeted linear. ``rank`` of low rank factors, ``terms`` N_T of MixT; both None: it stays dense.
 
-    ``loss_tail``: the objective's estimate of what was thrown away (loss increase in nats per token for gfw-svd, mean
-    squared output error otherwise; None where the objective of a dense layer has no value). ``output_error``:
-    ||(W - W') x||² / ||W x||² over the calibration tokens the replacement sees.
+    ``output_error``: ||(W - W') x||² / ||W x||² over the calibration tokens the replacement sees; for MixT the mean of
+    the tokens' own ratios, before refinement. ``loss_tail``: the objective's estimate of what was thrown away (loss
+    increase in nats per token for gfw-svd, mean squared output error for other low rank methods).
     """
 
     name: str
     out_features: int
     in_features: int
     method: str
-    rank: int | None
     params: int
     kept: float
-    loss_tail: float
     output_error: float
+    rank: int | None = None
+    terms: int | None = None
+    loss_tail: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,25 @@ class TextReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """Refinement of one block: its loss (per-token relative squared error of the output) before and after ``steps``."""
+
+    index: int
+    steps: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True)
 class CompressionReport:
-    """The whole run. ``keep_achieved`` counts the targeted linears; parameters are counted once where tied."""
+    """The whole run. ``recipe``: the options of the method's family as they were resolved.
+
+    ``keep_achieved`` counts the targeted linears; parameters are counted once where tied. ``controls``: None where the
+    method has none or they were not asked for.
+    """
 
     method: str
-    objective: str
-    ranks: str
-    keep_asked: float
+    recipe: dict[str, Any]
     keep_achieved: float
     linears_params_before: int
     linears_params_after: int
@@ -53,6 +68,8 @@ class CompressionReport:
     settings: dict[str, Any]
     layers: tuple[LayerReport, ...]
     texts: tuple[TextReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
+    controls: Controls | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 

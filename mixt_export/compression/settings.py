@@ -14,7 +14,7 @@ class Settings:
     ``windows`` calibration windows of ``window`` tokens; gradients from the first ``fisher_windows`` of them, ``batch``
     windows at a time. Dampings are multiples of the mean diagonal added to it: of the input Gram, of the Fisher matrix
     of the output, and of the Gram that the anchored objective inverts. ``rank_floor``: least share of min(m, n) that
-    water-filling gives a linear.
+    water-filling gives a linear. ``term_sweeps`` and ``term_ridge``: sweeps and ridge of the closed form of MixT.
     """
 
     windows: int = 64
@@ -25,13 +25,15 @@ class Settings:
     output_damping: float = 0.1
     anchor_damping: float = 1e-3
     rank_floor: float = 0.1
+    term_sweeps: int = 8
+    term_ridge: float = 1e-3
 
     def __post_init__(self) -> None:
         """Raise UsageError naming the first setting that makes no sense."""
-        for name, least in (("windows", 1), ("window", 2), ("fisher_windows", 1), ("batch", 1)):
+        for name, least in (("windows", 1), ("window", 2), ("fisher_windows", 1), ("batch", 1), ("term_sweeps", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("input_damping", "output_damping", "anchor_damping"):
+        for name in ("input_damping", "output_damping", "anchor_damping", "term_ridge"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be positive.")
         if not 0.0 <= self.rank_floor <= 1.0:

@@ -17,7 +17,7 @@ import torch
 
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.compression import METHODS, CompressionReport, Settings, compress, plan
-from mixt_export.compression.method import OBJECTIVES, get_method
+from mixt_export.compression.method import OBJECTIVES, LowRankMethod, get_method
 from mixt_export.compression.self_text import sampled_windows
 from mixt_export.errors import CheckpointError, MixtError, UnsupportedError, UsageError
 from mixt_export.network import densify
@@ -25,6 +25,7 @@ from mixt_export.progress import SILENT, Advance
 from mixt_export.reference import load_reference
 from tests.tiny import write_tiny, write_tiny_low_rank
 
+LOW_RANK = {name: method for name in METHODS if isinstance(method := get_method(name), LowRankMethod)}
 SETTINGS = Settings(windows=6, window=32, fisher_windows=3, batch=2)
 TOKENS = torch.arange(60).reshape(2, 30) * 7 % 256
 
@@ -55,13 +56,13 @@ def divergence(folder: Path, model: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"), [(name, objective) for name in METHODS for objective in get_method(name).objectives]
+    ("method", "objective"), [(name, objective) for name, known in LOW_RANK.items() for objective in known.objectives]
 )
 def test_every_method_and_objective(tmp_path: Path, model: Path, text: Path, method: str, objective: str) -> None:
     output = tmp_path / "out"
     report = compress(model, output, method=method, objective=objective, keep=0.7, calib=[text], settings=SETTINGS)
     checkpoint = open_checkpoint(output)
-    assert (report.method, report.objective) == (method, objective)
+    assert (report.method, report.recipe["objective"]) == (method, objective)
     params = sum(
         sum(core.tensor.size for core in checkpoint.factors[layer.name].branches[0].cores)
         if layer.rank is not None
@@ -135,7 +136,7 @@ def test_gfw_estimates_and_beats_plain_svd(tmp_path: Path, model: Path, text: Pa
 def test_full_rank_keeps_the_function(tmp_path: Path, model: Path, text: Path) -> None:
     ranks = tmp_path / "ranks.json"
     ranks.write_text(json.dumps({r".*(q|o|gate|up|down)_proj": 48, ".*": "dense"}))
-    for method in METHODS:
+    for method in LOW_RANK:
         report = compress(model, tmp_path / method, method=method, ranks=ranks, calib=[text], settings=SETTINGS)
         assert report.keep_achieved > 1
         torch.testing.assert_close(logits(tmp_path / method), logits(model), rtol=1e-3, atol=2e-3)
@@ -323,7 +324,7 @@ def test_overwriting(tmp_path: Path, model: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite"):
         compress(model, tmp_path / "out", calib=[text], settings=SETTINGS)
     compress(model, tmp_path / "out", calib=[text], settings=SETTINGS, overwrite=True, keep=0.5)
-    assert open_checkpoint(tmp_path / "out").info["keep_asked"] == 0.5
+    assert open_checkpoint(tmp_path / "out").info["recipe"]["keep"] == 0.5
 
 
 def test_the_plan_agrees_with_the_run(tmp_path: Path, model: Path, text: Path) -> None:
@@ -333,7 +334,7 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path, model: Path, text: Path) -
     assert planned.targets == tuple(layer.name for layer in report.layers)
     assert planned.dense == report.linears_params_before
     assert report.linears_params_after <= planned.budget
-    assert planned.objective in OBJECTIVES
+    assert planned.recipe["objective"] in OBJECTIVES
 
 
 _MEASURE = """

@@ -5,11 +5,12 @@ second moments (K-FAC, Martens & Grosse 2015). Tails then estimate the increase 
 between linears and ranks can be water-filled over the whole model.
 """
 
-from mixt_export.compression.method import OBJECTIVES, Method
+from mixt_export.compression.method import OBJECTIVES, LowRankMethod
 
-METHOD = Method(
+METHOD = LowRankMethod(
     name="gfw-svd",
     summary="input and gradient whitening with water-filled ranks; the default",
+    family="low rank",
     objective="input-aware",
     objectives=tuple(OBJECTIVES),
     fisher=True,

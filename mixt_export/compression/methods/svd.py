@@ -1,10 +1,11 @@
 """Truncated SVD of the weight itself (Eckart & Young 1936): the baseline that uses no data for its factors."""
 
-from mixt_export.compression.method import Method
+from mixt_export.compression.method import LowRankMethod
 
-METHOD = Method(
+METHOD = LowRankMethod(
     name="svd",
     summary="plain truncated SVD of each weight; a baseline",
+    family="low rank",
     objective="input-agnostic",
     objectives=("input-agnostic",),
     fisher=False,

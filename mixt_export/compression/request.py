@@ -1,0 +1,102 @@
+"""The arguments of compress as one object, checked against what the method understands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from mixt_export.compression.families import FAMILIES, Family
+from mixt_export.compression.method import DEFAULT_METHOD, Method, get_method
+from mixt_export.compression.settings import Settings
+from mixt_export.errors import UsageError
+
+
+class Options(TypedDict, total=False):
+    """Keywords of ``compress`` and ``plan``: those of every method, then those of one family (see families)."""
+
+    method: str
+    blocks: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    calib: Sequence[str | Path]
+    settings: Settings | None
+    dtype: str | None
+    seed: int
+    overwrite: bool
+
+    keep: float
+    ranks: str | Path
+    objective: str | None
+
+    n_tensors: int | Mapping[str, int] | Sequence[str]
+    bond: int
+    paper_padding: bool
+    permute: bool
+    refine_steps: int | None
+    controls: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. ``own``: the options of the method's family, an object of its ``options`` class."""
+
+    model_dir: Path
+    output: Path
+    method: Method
+    own: Any
+    blocks: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    calib: tuple[str | Path, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    dtype: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+    @property
+    def family(self) -> Family:
+        """The family of the method."""
+        return FAMILIES[self.method.family]
+
+    @classmethod
+    def of(cls, model_dir: str | Path, output: str | Path, options: Options) -> Request:
+        """Sort ``options`` into those of every method and those of the family.
+
+        Raises UnsupportedError for an unknown method, UsageError for an option or setting of another family, TypeError
+        for one that no family has.
+        """
+        given: dict[str, Any] = dict(options)
+        method = get_method(given.pop("method", DEFAULT_METHOD))
+        family = FAMILIES[method.family]
+        unknown = [name for name in given if name not in Options.__annotations__]
+        if unknown:
+            raise TypeError(f"compress() got an unexpected keyword argument {unknown[0]!r}")
+        foreign = {name for other in FAMILIES.values() for name in other.option_names} - set(family.option_names)
+        for name in given:
+            if name in foreign:
+                raise UsageError(
+                    f"--{_dashed(name)} does not apply to method {method.name}, which has "
+                    f"{', '.join(f'--{_dashed(own)}' for own in family.option_names)}."
+                )
+        own = family.options(**{name: given.pop(name) for name in family.option_names if name in given})
+        settings = given.pop("settings", None) or Settings()
+        _check_settings(settings, method, family)
+        blocks = given.pop("blocks", None) or family.blocks
+        for name in ("include", "exclude", "calib"):
+            given[name] = tuple(given.get(name) or ())
+        return cls(Path(model_dir), Path(output), method, own, blocks, settings=settings, **given)
+
+
+def _check_settings(settings: Settings, method: Method, family: Family) -> None:
+    """Raise UsageError for a setting that was changed and that only other families read."""
+    plain = Settings()
+    for other in FAMILIES.values():
+        for name in sorted(set(other.settings) - set(family.settings)):
+            if getattr(settings, name) != getattr(plain, name):
+                raise UsageError(f"the setting {name.replace('_', ' ')} does not apply to method {method.name}.")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
