@@ -1,0 +1,218 @@
+"""recover(): from a factorised model folder and its dense teacher to the same folder with trained factors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mixt_export.checkpoints import Checkpoint, NewTensor, open_checkpoint, write_checkpoint
+from mixt_export.checkpoints.dtypes import numpy_dtype
+from mixt_export.compression.blocks import BlockwiseModel
+from mixt_export.compression.memory import peak_rss
+from mixt_export.compression.precision import fast_products
+from mixt_export.compression.recover.data import Windows, cut
+from mixt_export.compression.recover.pair import Pair, check_pair
+from mixt_export.compression.recover.report import RecoverReport, Score
+from mixt_export.compression.recover.settings import RecoverSettings, rate_for
+from mixt_export.compression.recover.state import State, StateFolder
+from mixt_export.compression.recover.tail import Head, Tail
+from mixt_export.compression.recover.teacher import listen
+from mixt_export.compression.recover.train import Measured, Trainer
+from mixt_export.compression.scratch import IN_MEMORY, scratch_beside
+from mixt_export.compression.texts import default_texts
+from mixt_export.errors import UsageError
+from mixt_export.progress import SILENT, Progress
+from mixt_export.resources import texts as shipped_texts
+from mixt_export.staging import check_output, require_space, staged_folder
+
+REPORT_FILE = "recover_report.json"
+
+
+def recover(
+    student_dir: str | Path,
+    teacher_dir: str | Path,
+    output: str | Path,
+    *,
+    texts: Sequence[str | Path] = (),
+    eval_texts: Sequence[str | Path] | None = None,
+    settings: RecoverSettings | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> RecoverReport:
+    """Train the factors of ``student_dir`` to predict what the dense ``teacher_dir`` predicts, and write ``output``.
+
+    Trained are all factors, the norms and biases of the blocks that hold them, and the final norm; everything in front
+    is frozen and run once. The loss is KL(teacher ‖ student) per token on a part of the vocabulary (vocabulary.py).
+    ``texts``: UTF-8 texts to train on, mixed evenly; the shipped calibration texts when empty. ``eval_texts``: measured
+    before and after, never used otherwise; None: the shipped evaluation texts, where ``texts`` is empty.
+    ``resume``: go on from ``<output>.recover``, where every check leaves its state. Equal arguments give equal bytes
+    on one machine, interrupted or not.
+
+    Memory: the blocks from the first factorised one on, with gradients and moments of what is trained, one teacher
+    block, the output embedding, activations (beyond 1 GiB in mapped files). Raises UsageError, CheckpointError or
+    UnsupportedError with one sentence; ``output`` appears whole or not at all.
+    """
+    inputs = (Path(student_dir), Path(teacher_dir))
+    check_output(Path(output), overwrite=overwrite, inputs=inputs)
+    job = _prepare(student_dir, teacher_dir, output, texts, eval_texts, settings or RecoverSettings(), seed)
+    clock = _Clock()
+    state_folder = StateFolder(job.output, job.fingerprint)
+    with scratch_beside(job.output) as scratch:
+        stream = 4 * job.windows.tokens.size * job.model.hidden
+        require_space(job.output, 2 * stream if stream > IN_MEMORY else 0, "the activations of recover")
+        with clock.stage("teacher"), fast_products():
+            head = Head(job.model)
+            tail = Tail(job.pair, job.model)
+            teacher = listen(job.model, head, job.windows, tail.first, job.settings, scratch, progress)
+        trainer = Trainer(tail, head, teacher, job.windows, job.settings, seed, state_folder, progress)
+        with clock.stage("measuring"):
+            before = [trainer.measure(held) for held in job.windows.held]
+        with clock.stage("training"):
+            state = trainer.run(resume)
+        with clock.stage("measuring"):
+            after = [trainer.measure(held) for held in job.windows.held]
+        report = _report(job, tail, state, before, after)
+        with staged_folder(job.output, overwrite=overwrite, inputs=inputs) as staging:
+            student = job.pair.student
+            write_checkpoint(staging, student, _tensors(tail), student.factors, _info(student, report), progress)
+            report = replace(report, cpu_seconds=clock.seconds, peak_rss_bytes=peak_rss())
+            (staging / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    state_folder.remove()
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The checked arguments of one run."""
+
+    pair: Pair
+    model: BlockwiseModel
+    output: Path
+    windows: Windows
+    settings: RecoverSettings
+    seed: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything that the trained values depend on."""
+        digest = hashlib.sha256(json.dumps([asdict(self.settings), self.seed]).encode())
+        digest.update(self.windows.tokens.tobytes())
+        for checkpoint in (self.pair.student, self.pair.teacher):
+            for path in (checkpoint.path / "config.json", *checkpoint.store.files):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _prepare(
+    student_dir: str | Path,
+    teacher_dir: str | Path,
+    output: str | Path,
+    texts: Sequence[str | Path],
+    eval_texts: Sequence[str | Path] | None,
+    settings: RecoverSettings,
+    seed: int,
+) -> _Job:
+    if not 0 <= seed < 1 << 31:
+        raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}.")
+    student, teacher = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
+    chosen = [Path(text) for text in texts] or default_texts()
+    evaluation = _evaluation(eval_texts, shipped=not texts)
+    for text in (*chosen, *evaluation):
+        if not text.is_file():
+            raise UsageError(f"{text}: no such text.")
+    model = BlockwiseModel(teacher)
+    pair = check_pair(student, teacher, model)
+    if settings.matrix_rate is None:
+        settings = replace(settings, matrix_rate=rate_for(pair.kept))
+    length = min(settings.window, int(getattr(model.model.config, "max_position_embeddings", settings.window)))
+    windows = cut(student.path, chosen, evaluation, settings, length, model.vocabulary)
+    return _Job(pair, model, Path(output), windows, settings, seed)
+
+
+def _evaluation(given: Sequence[str | Path] | None, *, shipped: bool) -> list[Path]:
+    if given is not None:
+        return [Path(text) for text in given]
+    return sorted(shipped_texts().glob("eval_*.txt")) if shipped else []
+
+
+def _tensors(tail: Tail) -> list[NewTensor]:
+    """What was trained, in the dtypes it is stored in."""
+
+    def item(name: str, parameter: torch.Tensor) -> NewTensor:
+        values = parameter.detach().numpy()
+        dtype = tail.dtype(name)
+        return NewTensor(name, dtype, values.shape, lambda: np.ascontiguousarray(values.astype(numpy_dtype(dtype))))
+
+    return [item(name, parameter) for name, parameter in tail.parameters.items()]
+
+
+def _report(job: _Job, tail: Tail, state: State, before: list[Measured], after: list[Measured]) -> RecoverReport:
+    settings, windows = job.settings, job.windows
+    scores = tuple(
+        Score(
+            held.text,
+            held.role,
+            first.tokens,
+            _perplexity(first.teacher_nll, first.tokens),
+            _perplexity(first.student_nll, first.tokens),
+            _perplexity(last.student_nll, last.tokens),
+            first.kl / first.tokens,
+            last.kl / last.tokens,
+        )
+        for held, first, last in zip(windows.held, before, after, strict=True)
+    )
+    length = windows.tokens.shape[1]
+    return RecoverReport(
+        teacher=str(job.pair.teacher.path),
+        blocks=job.pair.blocks,
+        linears=len(job.pair.linears),
+        trained=sum(parameter.numel() for parameter in tail.parameters.values()),
+        steps=state.step,
+        best_step=state.best_step,
+        tokens=state.step * min(settings.batch, windows.training) * length,
+        distinct_tokens=windows.training * length,
+        seed=job.seed,
+        settings=asdict(settings),
+        texts=windows.reports,
+        checks=tuple(state.checks),
+        scores=scores,
+    )
+
+
+def _perplexity(nll: float, tokens: int) -> float:
+    return math.exp(min(nll / tokens, 700.0))
+
+
+def _info(student: Checkpoint, report: RecoverReport) -> dict[str, Any]:
+    """What the checkpoint records: what it did before, and the report without what differs between equal runs."""
+    recovered = report.to_dict()
+    del recovered["cpu_seconds"], recovered["peak_rss_bytes"]
+    return {**student.info, "recover": recovered}
+
+
+class _Clock:
+    """CPU seconds of this process per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - started, 3)
