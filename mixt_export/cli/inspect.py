@@ -1,4 +1,4 @@
-"""`mixt inspect`: say what a model folder or exported folder holds."""
+"""`mixt inspect`: say what a model folder or exported folder holds, or what a model without weights would need."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mixt_export.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +21,71 @@ _LONGEST = 100
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Model folder or exported folder.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder or exported folder.", show_default=False)
+    ] = None,
+    described: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="PRESET|CONFIG",
+            help="Count without weights: a preset such as llama2-7b, a config.json, or a model folder's.",
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="With --as: mixt or svd, counted beside the dense model.")] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS",
+            help="With --as: last:N, first:N, a list such as 0,3,7-9, or all. Default: last:4 for mixt, all for svd.",
+        ),
+    ] = None,
+    n_tensors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|TYPE=N", help="With mixt: tensors per linear, for all (default 4) or by type. Repeatable."
+        ),
+    ] = None,
+    bond: Annotated[int | None, typer.Option(help="With mixt: local dimension (default 2).")] = None,
+    paper_padding: Annotated[
+        bool, typer.Option("--paper-padding", help="With mixt: pad features to powers of the bond as published.")
+    ] = False,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Low rank: share of the parameters to keep. With mixt: of the low rank it is compared with."),
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="With --as: tokens for which memory is told (default 2048).")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="With --as: sequences for which memory is told (default 1).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Say what a model folder or exported folder holds. Reads headers only."""
-    from mixt_export.inspection import inspect as report_on
+    """Say what a model folder or exported folder holds, from headers only; with --as what a model would need."""
+    counting = {
+        "--method": method,
+        "--blocks": blocks,
+        "--n-tensors": n_tensors or None,
+        "--bond": bond,
+        "--paper-padding": paper_padding or None,
+        "--keep": keep,
+        "--seq": seq,
+        "--batch": batch,
+    }
+    if described is not None:
+        if model is not None:
+            raise UsageError(f"give either the folder {model} or --as {described}, not both.")
+        report = _account(described, counting)
+    else:
+        given = [option for option, value in counting.items() if value is not None]
+        if given:
+            raise UsageError(
+                f"{given[0]} counts without weights and needs --as PRESET, a config.json or a model folder."
+            )
+        if model is None:
+            raise UsageError("name a model folder or an exported folder, or --as PRESET to count without weights.")
+        from mixt_export.inspection import inspect as report_on
 
-    report = report_on(path)
+        report = report_on(model)
     if as_json:
         import json
 
@@ -35,6 +95,42 @@ def inspect(
 
     console = Console(highlight=False, markup=False, emoji=False)
     _PRINTERS[report["kind"]](console, report)
+
+
+def _account(described: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The accounting report for the options of the command line; None stands for an option's default."""
+    from mixt_export.accounting import Request, account, open_source
+    from mixt_export.selection import parse_sizes
+
+    for option, methods in _OPTIONS_OF.items():
+        if given[option] is not None and given["--method"] not in methods:
+            raise UsageError(f"{option} needs --method {' or '.join(methods)}.")
+    request = Request(
+        blocks=given["--blocks"],
+        n_tensors=parse_sizes(given["--n-tensors"] or [], "--n-tensors"),
+        bond=2 if given["--bond"] is None else given["--bond"],
+        paper_padding=bool(given["--paper-padding"]),
+        keep=given["--keep"],
+    )
+    shape = {"seq": given["--seq"], "batch": given["--batch"]}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    return account(open_source(described), given["--method"], request, **shape)
+
+
+#: Options of the counting that only some methods understand.
+_OPTIONS_OF = {
+    "--blocks": ("mixt", "svd"),
+    "--n-tensors": ("mixt",),
+    "--bond": ("mixt",),
+    "--paper-padding": ("mixt",),
+    "--keep": ("svd", "mixt"),
+}
+
+
+def _print_accounting(console: Console, report: dict[str, Any]) -> None:
+    from mixt_export.cli.accounting import show
+
+    show(console, report)
 
 
 def _print_model(console: Console, report: dict[str, Any]) -> None:
@@ -65,7 +161,7 @@ def _print_export(console: Console, report: dict[str, Any]) -> None:
     console.print(_facts(report["path"], facts))
 
 
-_PRINTERS = {"model": _print_model, "export": _print_export}
+_PRINTERS = {"model": _print_model, "export": _print_export, "accounting": _print_accounting}
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
