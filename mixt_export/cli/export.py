@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixt_export.cli.export_trt import describe_trt, judge_fit
 from mixt_export.cli.options import from_toml
 
 if TYPE_CHECKING:
+    from mixt_export.plan import FormPlan
     from mixt_export.targets import ExportPlan, ExportResult
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,13 +21,39 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 def export(
     model_dir: Annotated[Path, typer.Argument(help="Model folder: Hugging Face, dense or compressed by mixt.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
-    target: Annotated[str, typer.Option(help="ort (ONNX Runtime, GenAI) or onnx (portable, opset 23).")] = "ort",
-    dtype: Annotated[str, typer.Option(help="fp32 or fp16, of weights and activations.")] = "fp32",
+    target: Annotated[str, typer.Option(help="ort (ONNX Runtime, GenAI), onnx (portable) or trt (TensorRT).")] = "ort",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or, for trt, bf16: weights and activations.")] = "fp32",
     fp16: Annotated[bool, typer.Option("--fp16", help="The same as --dtype fp16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The same as --dtype bf16.")] = False,
     max_seq_len: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence (default: the model's, at most 8192).")
     ] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Only the first N blocks, for a quick look.")] = None,
+    optimize_for: Annotated[
+        str, typer.Option(help="Choose executable forms of MixT linears for: balanced, decode, prefill or memory.")
+    ] = "balanced",
+    form: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=FORM", help="Form of the MixT linears that match, e.g. k_proj=dense. Repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="trt: the board, such as orin-nano-8gb; decides the dialect and what fits.")
+    ] = None,
+    jetpack: Annotated[int | None, typer.Option(help="trt: JetPack 6 (TensorRT 10.3) or 7 (10.15 or later).")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="trt: most sequences at once (default 1).")] = None,
+    max_input_len: Annotated[
+        int | None, typer.Option(min=1, help="trt: most new tokens at once (default 512); longer prompts go in pieces.")
+    ] = None,
+    island: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT", help="trt: keep in float32: residual, attention.N, or a linear's name. Repeatable."
+        ),
+    ] = None,
+    scan: Annotated[
+        bool | None,
+        typer.Option("--scan/--no-scan", help="trt at fp16: look for overflow first (default: if verified)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder this tool wrote.")] = False,
     verify: Annotated[bool, typer.Option(help="Prove the result against PyTorch.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
@@ -39,13 +67,26 @@ def export(
     from mixt_export.errors import UsageError
     from mixt_export.targets import export as run
     from mixt_export.targets import plan_export
+    from mixt_export.targets.trt import TrtOptions
 
-    precision = "fp16" if fp16 else dtype
+    precision = _precision(dtype, fp16=fp16, bf16=bf16)
+    trt = TrtOptions(jetpack, device, max_batch, max_input_len, tuple(island or ()), scan)
+    forms = [_override(text) for text in form or ()]
     if dry_run:
-        plan = plan_export(model_dir, target=target, dtype=precision, max_seq_len=max_seq_len, num_layers=num_layers)
+        plan = plan_export(
+            model_dir,
+            target=target,
+            dtype=precision,
+            max_seq_len=max_seq_len,
+            num_layers=num_layers,
+            optimize_for=optimize_for,
+            forms=forms,
+            trt=trt,
+        )
         _describe(plan)
         _predict(plan)
         typer.echo("dry run: nothing was written.")
+        judge_fit(plan)
         return
     if output is None:
         raise UsageError("the output folder is missing; name it with -o.")
@@ -56,6 +97,9 @@ def export(
         dtype=precision,
         max_seq_len=max_seq_len,
         num_layers=num_layers,
+        optimize_for=optimize_for,
+        forms=forms,
+        trt=trt,
         overwrite=overwrite,
         verify=verify,
         progress=RichProgress(),
@@ -78,6 +122,49 @@ def _describe(plan: ExportPlan) -> None:
         f"({plan.written_bytes / 1e6:.1f} MB of them written anew) · KV cache {per_token / 1e3:.1f} kB per token, "
         f"{per_token * plan.max_seq_len / 1e6:.1f} MB at {plan.max_seq_len} tokens"
     )
+    _describe_forms(plan.forms)
+    describe_trt(plan)
+
+
+def _precision(dtype: str, *, fp16: bool, bf16: bool) -> str:
+    """The dtype that --dtype, --fp16 and --bf16 ask for together; UsageError where they contradict each other."""
+    from mixt_export.errors import UsageError
+
+    asked = [name for name, flag in (("fp16", fp16), ("bf16", bf16)) if flag]
+    if len(asked) == 2:
+        raise UsageError("--fp16 and --bf16 contradict each other; give one.")
+    if not asked:
+        return dtype
+    if dtype not in ("fp32", *asked):
+        raise UsageError(f"--dtype {dtype} and --{asked[0]} contradict each other; give one.")
+    return asked[0]
+
+
+def _override(text: str) -> tuple[str, str]:
+    """REGEX=FORM; the expression may hold equals signs."""
+    from mixt_export.errors import UsageError
+
+    pattern, found, wanted = text.rpartition("=")
+    if not found or not pattern:
+        raise UsageError(f"--form {text}: write REGEX=FORM, for example --form 'k_proj|v_proj=dense'.")
+    return pattern, wanted
+
+
+def _describe_forms(forms: FormPlan) -> None:
+    """What the MixT linears became, equal decisions on one line."""
+    if not forms.choices:
+        return
+    stored, planned, dense = forms.stored_elements, forms.planned_elements, forms.dense_elements
+    typer.echo(
+        f"MixT linears, optimised for {forms.objective.name}: {planned:,} weights in the graph, {stored:,} stored, "
+        f"{dense:,} dense"
+    )
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, choice in forms.choices.items():
+        what = f"{len(choice.mixture.terms)} terms {choice.form.in_features}→{choice.form.out_features}: "
+        alike.setdefault((what + choice.form.name, choice.reason), []).append(name.rpartition(".")[2])
+    for (what, reason), names in alike.items():
+        typer.echo(f"  {what} × {len(names)} ({', '.join(dict.fromkeys(names))}): {reason}")
 
 
 def _predict(plan: ExportPlan) -> None:

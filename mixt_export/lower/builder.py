@@ -19,8 +19,8 @@ MICROSOFT_DOMAIN = "com.microsoft"
 class GraphBuilder:
     """Collects inputs, nodes, initializers and functions of one graph."""
 
-    def __init__(self, name: str, opset: int) -> None:
-        self.name = name
+    def __init__(self, name: str, opset: int, ir_version: int = IR_VERSION) -> None:
+        self.name, self.ir_version = name, ir_version
         self.opsets: dict[str, int] = {"": opset}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -104,7 +104,7 @@ class GraphBuilder:
         )
         return ir.Model(
             graph,
-            ir_version=IR_VERSION,
+            ir_version=self.ir_version,
             producer_name="mixt-export",
             producer_version=producer_version,
             functions=list(self._functions.values()),

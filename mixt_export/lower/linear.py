@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import onnx_ir as ir
 
@@ -11,9 +12,12 @@ from mixt_export.errors import CheckpointError, UnsupportedError
 from mixt_export.families.wiring import Linear
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, MIXT_DOMAIN, Dim, GraphBuilder
 from mixt_export.lower.functions import load_function
+from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape, window_weight
 from mixt_export.lower.network_function import function_for
 from mixt_export.lower.weights import DTYPES, Weights
 from mixt_export.network import FactorizedLinear
+from mixt_export.plan import Choice
+from mixt_export.plan.forms import MAX_WINDOWS
 
 
 @dataclass
@@ -26,14 +30,19 @@ class LinearContext:
     """The dialect multiplies by a stored (out, in) matrix without a copy (com.microsoft FusedMatMul, float32)."""
     forms: dict[str, str]
     """Filled in: linear name -> the form it was lowered to, for the report."""
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    """MixT linears -> the executable form that was planned; others take the form their structure has."""
 
 
-def lower_linear(context: LinearContext, linear: Linear, x: ir.Value, node: str) -> ir.Value:
-    """y (batch, seq, out) = linear(x); ``node`` is the node's name, e.g. ``/model/layers.0/mlp/up_proj``."""
+def lower_linear(context: LinearContext, linear: Linear, x: ir.Value, node: str, *, biased: bool = True) -> ir.Value:
+    """y (batch, seq, out) = linear(x); ``node`` is the node's name, e.g. ``/model/layers.0/mlp/up_proj``.
+
+    Without ``biased`` the bias, if there is one, is left for the caller to add.
+    """
     factors = context.weights.checkpoint.factors.get(linear.name)
     if factors is not None:
-        return _factorized(context, linear, factors, x, node)
-    return lower_dense(context, [linear], x, node)
+        return _factorized(context, linear, factors, x, node, biased)
+    return lower_dense(context, [linear], x, node, biased=biased)
 
 
 def is_dense(context: LinearContext, linears: Sequence[Linear]) -> bool:
@@ -52,7 +61,9 @@ def packs_in_place(context: LinearContext, linears: Sequence[Linear]) -> bool:
     )
 
 
-def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, node: str) -> ir.Value:
+def lower_dense(
+    context: LinearContext, linears: Sequence[Linear], x: ir.Value, node: str, *, biased: bool = True
+) -> ir.Value:
     """y = [W1; W2; …] x + bias for dense linears that read the same input, outputs side by side."""
     weights, builder = context.weights, context.builder
     names = [f"{linear.name}.weight" for linear in linears]
@@ -64,7 +75,6 @@ def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, 
     out = sum(linear.out_features for linear in linears)
     shape: list[Dim] = ["batch", "seq", out]
     dtype = DTYPES[weights.dtype]
-    biased = linears[0].bias
     name = f"{node}/MatMul"
     if context.fused_transpose and weights.in_place(names):
         w = builder.initializer(weights.refer(names, label))
@@ -72,7 +82,7 @@ def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, 
     else:
         w = builder.initializer(weights.transposed(names, label))
         y = builder.op("MatMul", [x, w], name=name, dtype=dtype, shape=shape)
-    if not biased:
+    if not (biased and linears[0].bias):
         return y
     biases = [f"{linear.name}.bias" for linear in linears]
     for linear, bias in zip(linears, biases, strict=True):
@@ -81,7 +91,9 @@ def lower_dense(context: LinearContext, linears: Sequence[Linear], x: ir.Value, 
     return builder.op("Add", [y, b], name=f"{node}/Add", dtype=dtype, shape=shape)
 
 
-def _factorized(context: LinearContext, linear: Linear, factors: FactorizedLinear, x: ir.Value, node: str) -> ir.Value:
+def _factorized(
+    context: LinearContext, linear: Linear, factors: FactorizedLinear, x: ir.Value, node: str, biased: bool
+) -> ir.Value:
     expected = (linear.in_features, linear.out_features, linear.bias)
     found = (factors.in_features, factors.out_features, factors.bias is not None)
     if expected != found:
@@ -89,6 +101,11 @@ def _factorized(context: LinearContext, linear: Linear, factors: FactorizedLinea
             f"{linear.name}: config.json wants (in, out, bias) = {expected}, the factors are {found}; "
             "the factors do not belong to this config.json."
         )
+    if not biased:
+        factors = replace(factors, bias=None)
+    choice = context.choices.get(linear.name)
+    if choice is not None and len(choice.form.windows) <= MAX_WINDOWS:
+        return _mixture(context, choice, factors, x, node)
     for recognise in FORMS:
         lowered = recognise(factors, context.builder.opsets[""])
         if lowered is not None:
@@ -108,6 +125,38 @@ def _factorized(context: LinearContext, linear: Linear, factors: FactorizedLinea
         dtype=DTYPES[weights.dtype],
         shape=["batch", "seq", linear.out_features],
     )
+
+
+def _mixture(context: LinearContext, choice: Choice, factors: FactorizedLinear, x: ir.Value, node: str) -> ir.Value:
+    """A MixT in its planned form: one node with merged weights, or a plain product where that form is dense."""
+    builder, weights, mixture = context.builder, context.weights, choice.mixture
+    form = replace(choice.form, bias=factors.bias is not None)
+    dtype = DTYPES[weights.dtype]
+    shape: list[Dim] = ["batch", "seq", factors.out_features]
+    values = [
+        builder.initializer(
+            weights.derived(
+                f"{factors.name}.{suffix}",
+                weight_shape(form, window),
+                [term.tensor for term in mixture.terms[window.first : window.first + window.count]],
+                partial(window_weight, form, window, mixture),
+            )
+        )
+        for suffix, window in weight_names(form)
+    ]
+    if factors.bias is not None:
+        weights.expect(factors.bias.name, (factors.out_features,))
+        values.append(builder.initializer(weights.tensor(factors.bias.name)))
+    if form.dense:
+        context.forms[factors.name] = "dense"
+        y = builder.op("MatMul", [x, values[0]], name=f"{node}/MatMul", dtype=dtype, shape=shape)
+        if factors.bias is None:
+            return y
+        return builder.op("Add", [y, values[1]], name=f"{node}/Add", dtype=dtype, shape=shape)
+    op_type, attributes = mixt_node(form)
+    builder.function(load_function(op_type))
+    context.forms[factors.name] = op_type
+    return builder.op(op_type, [x, *values], name=node, domain=MIXT_DOMAIN, dtype=dtype, shape=shape, **attributes)
 
 
 Form = tuple[ir.Function, tuple[str, ...]]

@@ -11,6 +11,7 @@ from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.families.wiring import Decoder
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.weights import itemsize
+from mixt_export.plan import FormPlan
 from mixt_export.targets.registry import Target
 
 SCHEMA = 1
@@ -25,9 +26,14 @@ def build_manifest(
     *,
     max_seq_len: int,
     weight_bytes: int,
+    forms: FormPlan,
     files: Mapping[str, Mapping[str, Any]],
+    trt: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a folder about to be written; ``files`` maps file name to its bytes and SHA-256."""
+    """The manifest of a folder about to be written; ``files`` maps file name to its bytes and SHA-256.
+
+    ``trt``: what only a TensorRT folder says, see docs/tensorrt.md.
+    """
     dtype = lowered.weights.dtype
     token_ids = special_token_ids(checkpoint)
     layers = int(checkpoint.config["num_hidden_layers"])
@@ -63,7 +69,9 @@ def build_manifest(
         "graph": {"nodes": len(lowered.model.graph)},
         "source": {"format": checkpoint.format, "info": dict(checkpoint.info)},
         "linears": {linear.name: _linear(checkpoint, lowered, linear.name) for linear in decoder.linears},
+        **({"plan": _plan(forms)} if forms.choices else {}),
         "files": dict(files),
+        **({} if trt is None else {"trt": dict(trt)}),
     }
 
 
@@ -76,6 +84,29 @@ def _linear(checkpoint: Checkpoint, lowered: LoweredModel, name: str) -> dict[st
         "method": "dense" if factors is None else factors.method,
         "params": dense if factors is None else factors.params,
         "dense_params": dense,
+    }
+
+
+def _plan(forms: FormPlan) -> dict[str, Any]:
+    """Executable forms of the MixT linears: how they were chosen, what they hold, and each with its reason."""
+    return {
+        "optimize_for": forms.objective.name,
+        "device": forms.device.name,
+        "elements": {
+            "stored": forms.stored_elements,
+            "planned": forms.planned_elements,
+            "dense": forms.dense_elements,
+        },
+        "forms": {
+            name: {
+                "form": choice.form.name,
+                "windows": list(choice.form.partition),
+                "elements": choice.form.elements,
+                "macs": choice.form.macs,
+                "reason": choice.reason,
+            }
+            for name, choice in forms.choices.items()
+        },
     }
 
 

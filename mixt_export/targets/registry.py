@@ -16,7 +16,8 @@ class Target:
     dialect: Dialect
     genai: bool
     device_files: str | None
-    """Folder under runtimes/ that is copied to OUT/device, or None."""
+    """Folder under runtimes/ that is copied to OUT/device, or None (trt: building.write_bundle fills it)."""
+    dtypes: tuple[str, ...] = ("float32", "float16")
 
 
 TARGETS = {
@@ -24,11 +25,19 @@ TARGETS = {
     for target in (
         Target("ort", DIALECTS["ort"], genai=True, device_files="ort"),
         Target("onnx", DIALECTS["portable"], genai=False, device_files="ort"),
+        Target("trt", DIALECTS["trt10"], genai=False, device_files=None, dtypes=("float32", "float16", "bfloat16")),
     )
 }
 
 #: Accepted spellings of dtypes -> numpy name.
-EXPORT_DTYPES = {"fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16"}
+EXPORT_DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+}
 
 
 def target_named(name: str) -> Target:
@@ -38,8 +47,13 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def dtype_named(name: str) -> str:
-    """Numpy name of the dtype ``name``; UsageError lists what there is."""
+def dtype_named(name: str, target: Target) -> str:
+    """Numpy name of the dtype ``name``; UsageError lists what there is, and what ``target`` takes."""
     if name not in EXPORT_DTYPES:
-        raise UsageError(f"--dtype {name}: not a dtype of this version; choose from fp32, fp16.")
+        raise UsageError(f"--dtype {name}: not a dtype of this version; choose from fp32, fp16, bf16.")
+    if EXPORT_DTYPES[name] not in target.dtypes:
+        raise UsageError(
+            f"--dtype {name}: --target {target.name} takes {' and '.join(target.dtypes)}; "
+            "choose one of these, or --target trt."
+        )
     return EXPORT_DTYPES[name]

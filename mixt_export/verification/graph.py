@@ -18,7 +18,11 @@ LOGITS = "logits"
 _MAX_GRAPH_BYTES = 512 << 20
 _LAYER_OUTPUT = re.compile(r"^/model/layers\.(\d+)/output$")
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
-_ELEMENT = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+_ELEMENT = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,14 @@ class ExportedGraph:
         return int(dims[-1].dim_value) if dims else 0
 
     @property
+    def rounds(self) -> bool:
+        """Whether to round every 16-bit value as typed: always at bfloat16; at float16 for engines that do so."""
+        return self.dtype == "bfloat16" or (self.dtype == "float16" and self.dialect.startswith("trt"))
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token adds to the key-value cache of one sequence."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.dtype == "float16" else 4)
+        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
 def open_graph(folder: Path) -> ExportedGraph:
@@ -71,11 +80,18 @@ def open_graph(folder: Path) -> ExportedGraph:
     shape = past[0].shape.dim
     dtype = _ELEMENT.get(past[0].elem_type)
     if len(shape) != 4 or dtype is None or not shape[1].dim_value or not shape[3].dim_value:
-        raise UsageError(f"{path}: past_key_values.0.key must be float32 or float16 (batch, kv_heads, past, head_dim).")
-    fused = any(node.op_type == "GroupQueryAttention" for node in all_nodes(proto))
-    return ExportedGraph(
-        folder, proto, len(past), shape[1].dim_value, shape[3].dim_value, dtype, "ort" if fused else "portable"
-    )
+        raise UsageError(
+            f"{path}: past_key_values.0.key must be float32, float16 or bfloat16 (batch, kv_heads, past, head_dim)."
+        )
+    return ExportedGraph(folder, proto, len(past), shape[1].dim_value, shape[3].dim_value, dtype, _dialect(proto))
+
+
+def _dialect(proto: onnx.ModelProto) -> str:
+    """ "ort" by its attention, for graphs of others too; else as the exporter wrote it down, else "portable"."""
+    if any(node.op_type == "GroupQueryAttention" for node in all_nodes(proto)):
+        return "ort"
+    written = next((entry.value for entry in proto.metadata_props if entry.key == "mixt.dialect"), "portable")
+    return "portable" if written == "ort" else written
 
 
 def all_nodes(proto: onnx.ModelProto) -> Iterable[onnx.NodeProto]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mixt_export.errors import ResourceError, UsageError
 from mixt_export.verification.graph import LOGITS, MODEL_FILE, ExportedGraph, instrument, layer_outputs
+from mixt_export.verification.rounding import rounding
 
 Ids = NDArray[np.int64]
 #: onnxruntime's severity "fatal": its errors reach the user as our sentence, not as log lines.
@@ -46,10 +47,13 @@ def session_options(graph: ExportedGraph, threads: int) -> Any:
 def start_session(graph: ExportedGraph, proto: onnx.ModelProto, threads: int, options: Any | None = None) -> Any:
     """An onnxruntime session of ``proto`` on the CPU, with the weights of ``graph``'s folder.
 
+    A graph that rounds (see ExportedGraph.rounds) runs as `rounding` makes it: caches go in and come out as float32.
     Raises UsageError when onnxruntime refuses the graph, ResourceError when memory is short.
     """
     import onnxruntime as ort
 
+    if graph.rounds:
+        proto = rounding(proto, graph.dtype)
     try:
         return ort.InferenceSession(
             proto.SerializeToString(), options or session_options(graph, threads), providers=["CPUExecutionProvider"]
@@ -86,7 +90,7 @@ class ExportedRunner:
         self._past = [f"past_key_values.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
         self._present = [f"present.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
         self.session = start_session(graph, proto, threads)
-        self._element = np.float16 if graph.dtype == "float16" else np.float32
+        self._element = np.float16 if graph.dtype == "float16" and not graph.rounds else np.float32
 
     def empty_cache(self, batch: int, length: int = 0) -> list[NDArray[Any]]:
         """Zeros (batch, kv_heads, length, head_dim) for every key and value."""

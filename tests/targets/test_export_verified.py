@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixt_export.cli.main import mixt_export
-from mixt_export.lower import attention
+from mixt_export.lower.attention import interface
 from mixt_export.targets import export
 from tests.tiny import write_tiny, write_tiny_low_rank
 
@@ -37,13 +37,13 @@ def test_cut_layers_are_judged_against_a_cut_reference(tmp_path: Path, model: Pa
 def test_a_broken_lowering_exits_with_3(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = attention.cos_sin_tables
+    right = interface.cos_sin_tables
 
     def swapped(*arguments: object) -> object:
         cos, sin = right(*arguments)  # type: ignore[arg-type]
         return cos, -sin
 
-    monkeypatch.setattr(attention, "cos_sin_tables", swapped)
+    monkeypatch.setattr(interface, "cos_sin_tables", swapped)
     monkeypatch.setattr(sys, "argv", ["mixt-export", str(model), "-o", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as exit_of:
         mixt_export()

@@ -22,6 +22,11 @@ _WIDENED = (
     "than predicted, which holds for a device with float16 kernels."
 )
 
+_ROUNDED = (
+    "The graph ran in float32 with every 16-bit value rounded as typed, which ONNX Runtime's CPU does not do. "
+    "Memory was therefore predicted, not measured. Nothing ran in TensorRT or on a GPU."
+)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -56,10 +61,12 @@ def memory_report(
     prompt = max(min(PROMPT, max_length - DECODE), 1)
     prefill = predict_memory(graph.proto, batch=1, seq=prompt, total=prompt)
     decode = predict_memory(graph.proto, batch=1, seq=1, total=max_length)
-    itemsize = 2 if graph.dtype == "float16" else 4
+    itemsize = 4 if graph.dtype == "float32" else 2
     size = checkpoint_size(reference, graph.layers)
     report = MemoryReport(prefill, decode, max_length, decode.kv_cache, size.dense_elements * itemsize)
-    if measured:
+    if graph.rounds:
+        report.notes.append(_ROUNDED)
+    elif measured:
         if graph.dtype == "float16":
             report.notes.append(_WIDENED)
         common = {"dtype": "float32", "prompt": prompt, "decode": DECODE, "threads": threads, "layers": graph.layers}
