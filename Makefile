@@ -10,7 +10,7 @@ KEEP ?= 0.95
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,sample,genai,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,sample,genai,report,rtx,dev]'
 	touch $@
 
 # The README's main job on the real model, then the same question to the original and to the compressed model.

@@ -42,6 +42,9 @@ REQUIREMENTS = (
     Requirement("transformers", "transformers", "torch"),
     Requirement("gguf", "gguf", "sample"),
     Requirement("onnxruntime-genai", "onnxruntime_genai", "genai"),
+    Requirement("matplotlib", "matplotlib", "report"),
+    Requirement("tensorrt-rtx-cu13", "tensorrt_rtx", "rtx"),
+    Requirement("tensorrt", "tensorrt", "trt"),
 )
 
 #: Processor features that decide how fast ONNX Runtime's kernels are (x86 and ARM names of /proc/cpuinfo).

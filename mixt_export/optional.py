@@ -12,6 +12,9 @@ _EXTRA_OF = {
     "transformers": "torch",
     "gguf": "sample",
     "onnxruntime_genai": "genai",
+    "tensorrt_rtx": "rtx",
+    "tensorrt": "trt",
+    "matplotlib": "report",
 }
 
 

@@ -14,17 +14,21 @@ PACKAGE = Path(__file__).parent.parent / "mixt_export"
 #: From the top down; modules of one row may not import each other's rooms either.
 ORDER = [
     ["cli"],
-    ["doctor", "inspection"],
+    ["accounting", "doctor", "inspection"],
+    ["sweep"],
     ["evaluation"],
-    ["targets", "verification"],
+    ["targets"],
+    ["building"],
+    ["verification"],
     ["compression"],
     ["reference"],
     ["lower"],
+    ["plan"],
     ["families"],
     ["sample", "runtime"],
     ["checkpoints"],
     ["network"],
-    ["optional", "progress", "resources", "staging", "tokenizer"],
+    ["optional", "progress", "resources", "selection", "staging", "tokenizer"],
     ["errors"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -15,11 +15,14 @@ from mixt_export.cli.guard import guarded
 VERBS = {
     "sample": "Fetch the sample model (SmolLM2-135M-Instruct) as a Hugging Face folder.",
     "compress": "Replace a model's linear layers by factors.",
+    "recover": "Train a compressed model's factors against the dense model.",
     "export": "Write a (compressed) model as an ONNX folder and prove it. Also: mixt-export.",
     "verify": "Prove that an exported folder computes what PyTorch computes, and what it needs.",
+    "build": "Build the TensorRT engine of an exported folder.",
     "run": "Complete one prompt with an exported folder.",
     "chat": "Talk to an exported folder.",
     "eval": "Perplexity of a model on a text; KL and agreement against another model.",
+    "sweep": "Replace more and more of the last blocks, measure each model, find the transition.",
     "inspect": "Say what a model folder or exported folder holds.",
     "doctor": "Check this machine: versions, optional packages, memory, disk.",
 }

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 SCHEMA = 1
 MODEL_FILE = "model.onnx"
@@ -30,7 +29,8 @@ MANIFEST_FILE = "mixt_manifest.json"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 _ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
-_PADDING = {"ort": "right", "portable": "left"}
+#: Dialects, those for TensorRT included: their graphs are standard ONNX with the cache of ``portable``.
+_PADDING = {"ort": "right", "portable": "left", "trt10": "left", "trt11": "left"}
 #: A cache starts with room for this many tokens and then doubles, up to the model's limit.
 _FIRST_CAPACITY = 256
 #: `generate` processes prompts in pieces of this many tokens: activations stay in the processor's caches, which is
@@ -418,6 +418,9 @@ class Model:
         path = self.folder / MODEL_FILE
         if not path.is_file():
             raise FolderError(f"{path}: no such file; the folder is incomplete, export the model again.")
+        # Here and not above: sampler, tokenizer and Generation also serve engines that are not ONNX Runtime's.
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
