@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other. Takes about half an hour on two cores.
+"""All benchmarks, one after the other. Takes about two hours on two cores.
 
 python -m benchmarks.run
 """
@@ -8,7 +8,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("export_cost", "low_rank_linear", "speed", "parity", "quality")
+ALL = (
+    "export_cost",
+    "low_rank_linear",
+    "mixt_linear",
+    "mixt_memory",
+    "speed",
+    "parity",
+    "quality",
+    "recovery",
+    "sweep",
+    "encoder",
+    "trt_build",
+)
 
 
 def main() -> None:
