@@ -74,6 +74,13 @@ def parse_sizes(items: Sequence[str], option: str) -> Sizes:
     return default, rules
 
 
+def require_matches(sizes: Sizes, names: Sequence[str], option: str) -> None:
+    """Raise UsageError for a rule of ``sizes`` that matches none of the linears ``names``."""
+    for pattern, _ in sizes[1]:
+        if not any(pattern.search(name) for name in names):
+            raise UsageError(f"{option} {pattern.pattern}=…: matches none of the {len(names)} chosen linears.")
+
+
 def size_of(name: str, sizes: Sizes) -> int | None:
     """The number that ``parse_sizes`` found for the linear ``name``: the last rule that matches, else the default."""
     default, rules = sizes

@@ -27,7 +27,7 @@ def blocks(language: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     # Stands for the sample, which `make demo` uses.
-    write_tiny(folder / "smollm2", num_hidden_layers=2, max_position_embeddings=1024)
+    write_tiny(folder / "smollm2", num_hidden_layers=4, max_position_embeddings=1024)
     return folder
 
 

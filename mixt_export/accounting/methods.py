@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mixt_export.errors import UsageError
 from mixt_export.families.wiring import Decoder, Linear
 from mixt_export.network import FactorizedLinear, build
-from mixt_export.selection import Sizes, parse_blocks, size_of
+from mixt_export.selection import Sizes, parse_blocks, require_matches, size_of
 
 #: N_T, and the share that low rank keeps, where nothing else is asked for; as `mixt compress` has them.
 DEFAULT_TERMS = 4
@@ -68,6 +68,7 @@ def _mixt(linears: Sequence[Linear], request: Request) -> list[Variant]:
     """As asked; beside the padded form the exact one where it exists; low rank of the size of the smaller one."""
     if request.bond < 2:
         raise UsageError(f"--bond {request.bond}: the local dimension is at least 2.")
+    require_matches(request.n_tensors, [linear.name for linear in linears], "--n-tensors")
     padded = request.paper_padding
     asked = Variant("mixt, padded" if padded else "mixt", "mixt", _tensor_mixtures(linears, request, padded))
     found = [asked]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ def _process(command: list[str], stderr: IO[bytes]) -> Iterator[subprocess.Popen
         yield process
         process.wait()
     except BaseException:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # a TERM would leave half an engine behind
         try:
             process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:

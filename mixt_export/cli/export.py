@@ -73,6 +73,8 @@ def export(
     trt = TrtOptions(jetpack, device, max_batch, max_input_len, tuple(island or ()), scan)
     forms = [_override(text) for text in form or ()]
     if dry_run:
+        if scan:
+            raise UsageError("--scan runs the model, --dry-run reads no weight; leave one out.")
         plan = plan_export(
             model_dir,
             target=target,
@@ -129,13 +131,14 @@ def _describe(plan: ExportPlan) -> None:
 def _precision(dtype: str, *, fp16: bool, bf16: bool) -> str:
     """The dtype that --dtype, --fp16 and --bf16 ask for together; UsageError where they contradict each other."""
     from mixt_export.errors import UsageError
+    from mixt_export.targets.registry import EXPORT_DTYPES
 
     asked = [name for name, flag in (("fp16", fp16), ("bf16", bf16)) if flag]
     if len(asked) == 2:
         raise UsageError("--fp16 and --bf16 contradict each other; give one.")
     if not asked:
         return dtype
-    if dtype not in ("fp32", *asked):
+    if dtype != "fp32" and EXPORT_DTYPES.get(dtype) != EXPORT_DTYPES[asked[0]]:
         raise UsageError(f"--dtype {dtype} and --{asked[0]} contradict each other; give one.")
     return asked[0]
 

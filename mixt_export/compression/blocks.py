@@ -20,6 +20,9 @@ from mixt_export.reference.tensors import read_tensor
 #: Logits exist for so many (token, vocabulary) pairs at once: 32 MB of float32, three times that with gradients.
 LOGITS_AT_ONCE = 1 << 23
 
+#: Keys of config.json by which a model multiplies or bounds what this class computes from embedding and head alone.
+_SCALINGS = ("embedding_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping")
+
 #: Elements checked for finiteness at once; checking a whole embedding would need twice its memory more.
 _PIECE = 1 << 20
 
@@ -27,7 +30,8 @@ _PIECE = 1 << 20
 class BlockwiseModel:
     """The decoder of ``checkpoint`` on the meta device, of which single parts are materialised.
 
-    Raises UnsupportedError when the model has no ``layers``, ``norm`` and embeddings where decoders have them.
+    Raises UnsupportedError when the model has no ``layers``, ``norm`` and embeddings where decoders have them, or
+    scales its embeddings or logits.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -38,6 +42,12 @@ class BlockwiseModel:
             raise UnsupportedError(
                 f"{checkpoint.path}: a {checkpoint.config.get('model_type')!r} model cannot be run block by block: "
                 "its decoder has no layers, norm and rotary_emb."
+            )
+        scaling = next((name for name in _SCALINGS if getattr(self.model.config, name, None) not in (None, 1)), None)
+        if scaling is not None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: a {checkpoint.config.get('model_type')!r} model cannot be run block by block: its "
+                f"{scaling} scales embeddings or logits, which is not supported."
             )
         self._paths: dict[nn.Module, str] = {module: name for name, module in self.model.named_modules()}
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -155,9 +165,7 @@ class BlockwiseModel:
 
     def spans(self, tokens: int) -> Iterator[slice]:
         """Slices that cover range(tokens), each of as many tokens as logits may exist for at once."""
-        step = max(1, LOGITS_AT_ONCE // self.vocabulary)
-        for start in range(0, tokens, step):
-            yield slice(start, min(start + step, tokens))
+        return spans(tokens, self.vocabulary)
 
     def _materialise(self, module: nn.Module) -> None:
         path = self._paths[module]
@@ -198,3 +206,10 @@ class BlockwiseModel:
             for module in stubbed:
                 del module.forward
         return heard
+
+
+def spans(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices that cover range(tokens), each of as many tokens as logits may exist for at once."""
+    step = max(1, LOGITS_AT_ONCE // vocabulary)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))

@@ -55,7 +55,8 @@ class Controls:
             (LOW_RANK, "a low rank method would serve better, or recover the model and compare again"),
             (DELETED, "the factors are worth nothing, take fewer tensors N_T or fewer blocks"),
         ):
-            lost = [scores for scores in texts if scores.scores[COMPRESSED].nll >= scores.scores[control].nll]
+            # not "<" rather than ">=": a model that gives no numbers is no better either
+            lost = [scores for scores in texts if not scores.scores[COMPRESSED].nll < scores.scores[control].nll]
             if lost:
                 where = ", ".join(
                     f"{scores.text} ({scores.scores[COMPRESSED].perplexity:.4g} against "

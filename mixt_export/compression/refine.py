@@ -96,7 +96,8 @@ def refine_block(
             wanted = targets.of(part)
             scale = (wanted - original[part]).square().sum(-1)
             found = model.run(replaced, index, compressed[part])
-            loss = ((found - wanted).square().sum(-1) / scale.clamp_min(1e-6 * scale.mean())).mean()
+            floor = 1e-6 * (scale.mean() or wanted.square().sum(-1).mean())  # a block that adds nothing has no scale
+            loss = ((found - wanted).square().sum(-1) / scale.clamp_min(floor)).mean()
             torch.autograd.backward(loss)
             optimiser.step(schedule(step, settings.steps, settings.warm_up, settings.final))
             losses.append(float(loss.detach()))

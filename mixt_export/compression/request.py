@@ -80,6 +80,9 @@ class Request:
                     f"--{_dashed(name)} does not apply to method {method.name}, which has "
                     f"{', '.join(f'--{_dashed(own)}' for own in family.option_names)}."
                 )
+        seed = given.get("seed", 0)
+        if not 0 <= seed < 1 << 31:
+            raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}.")
         own = family.options(**{name: given.pop(name) for name in family.option_names if name in given})
         settings = given.pop("settings", None) or Settings()
         _check_settings(settings, method, family)

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 def entropy(probabilities: NDArray[np.floating]) -> Floats:
     """Shannon entropy in nats over the last axis of ``probabilities`` (…, n) that sum to one; 0 log 0 is 0."""
     p = probabilities.astype(np.float64)
-    terms: Floats = np.where(p > 0.0, p * np.log(np.where(p > 0.0, p, 1.0)), 0.0)
+    terms: Floats = p * np.log(np.where(p == 0.0, 1.0, p))  # NaN stays NaN
     total: Floats = 0.0 - terms.sum(axis=-1)
     return total
 
@@ -38,7 +38,7 @@ def layer_similarity(states: NDArray[np.floating]) -> Floats:
     """S (layers, layers): mean over questions of the cosine of ``states`` (questions, layers, hidden) of two layers."""
     values = states.astype(np.float64)
     norms = np.linalg.norm(values, axis=-1, keepdims=True)
-    unit = np.divide(values, norms, out=np.zeros_like(values), where=norms > 0.0)
+    unit = np.divide(values, norms, out=np.zeros_like(values), where=norms != 0.0)
     similarity: Floats = np.matmul(unit, unit.transpose(0, 2, 1)).mean(axis=0)
     return similarity
 

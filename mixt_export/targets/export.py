@@ -117,6 +117,7 @@ def plan_export(
     planned = choose_forms(factors_of(decoder, checkpoint), optimize_for, forms)
     settings, islands = None, Islands()
     if options is not None:
+        _needs_16_bits(options, numpy_dtype)
         settings = settle(options, decoder, length)
         islands = named_islands(options.islands, decoder)
         if extremes is not None:
@@ -127,7 +128,7 @@ def plan_export(
         chosen.dialect,
         dtype=numpy_dtype,
         max_seq_len=length,
-        islands=Islands() if numpy_dtype == "float32" else islands,
+        islands=islands,
         plan=planned,
     )
     weight_bytes = _initializer_bytes(lowered.model)
@@ -145,6 +146,16 @@ def plan_export(
         islands,
         extremes,
     )
+
+
+def _needs_16_bits(options: TrtOptions, dtype: str) -> None:
+    """Raise UsageError for options that mean something at a narrower ``dtype`` only."""
+    if options.islands and dtype == "float32":
+        raise UsageError("--island: everything is float32 at --dtype fp32; leave it out, or choose --fp16 or --bf16.")
+    if options.scan and dtype != "float16":
+        raise UsageError(
+            f"--scan looks for what overflows float16, the export is {dtype}; leave it out, or add --fp16."
+        )
 
 
 def _target(name: str, trt: TrtOptions | None) -> tuple[Target, TrtOptions | None]:
@@ -195,7 +206,7 @@ def export(
     plan = replan()
     check_output(output, overwrite=overwrite, inputs=(source,))
     if verify:
-        _require_verification()
+        _require_verification(plan.max_seq_len)
     require_space(output, plan.written_bytes + (64 << 20), "the exported model")
     digests = check_finite(plan.checkpoint.store, progress=progress, digests=True)
     if _scans(plan, trt, verify):
@@ -280,8 +291,15 @@ def _place(path: Path, folder: Path) -> bool:
     return link_or_copy(path, folder / path.name)
 
 
-def _require_verification() -> None:
+def _require_verification(max_seq_len: int) -> None:
     from mixt_export.optional import require
+    from mixt_export.verification.options import SHORTEST
+
+    if max_seq_len < SHORTEST:
+        raise UsageError(
+            f"--max-seq-len {max_seq_len}: verifying takes at least {SHORTEST} positions; raise it, or switch "
+            "verification off with --no-verify."
+        )
 
     require("torch", "verifying the export against PyTorch (switch it off with --no-verify)")
     require("transformers", "verifying the export against PyTorch (switch it off with --no-verify)")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from mixt_export.errors import ResourceError, UsageError
+from mixt_export.families.wiring import Linear
 from mixt_export.lower.weights import itemsize
 from mixt_export.network import macs
 from mixt_export.targets.devices import Device
@@ -93,7 +94,7 @@ def fit(plan: ExportPlan) -> Fit:
     activations, attention = _working_memory(plan, settings)
     per_token = plan.kv_bytes_per_token
     weights = plan.weight_bytes
-    work = 2.0 * _macs_per_token(plan)
+    body, head = (2.0 * count for count in _macs_per_token(plan))
     mixing = 4.0 * plan.decoder.heads * plan.decoder.head_dim * len(plan.decoder.blocks)
     prompt = settings.max_input_len
     return Fit(
@@ -107,8 +108,10 @@ def fit(plan: ExportPlan) -> Fit:
         attention=attention,
         libraries=LIBRARIES,
         builder=BUILDER_BASE + int(BUILDER_FACTOR * weights),
-        decode=_roofline(device, _read_per_step(plan) + length * per_token, work + mixing * length),
-        prefill=_roofline(device, _read_per_step(plan) + prompt * per_token, prompt * (work + mixing * prompt / 2)),
+        decode=_roofline(device, _read_per_step(plan) + length * per_token, body + head + mixing * length),
+        prefill=_roofline(
+            device, _read_per_step(plan) + prompt * per_token, prompt * (body + mixing * prompt / 2) + head
+        ),
     )
 
 
@@ -125,14 +128,16 @@ def _read_per_step(plan: ExportPlan) -> int:
     return plan.weight_bytes - decoder.vocab_size * decoder.hidden_size * itemsize(plan.lowered.weights.dtype)
 
 
-def _macs_per_token(plan: ExportPlan) -> int:
-    """Multiply-adds of all linears for one token; the output projection once."""
+def _macs_per_token(plan: ExportPlan) -> tuple[int, int]:
+    """Multiply-adds for one token: of the linears of all blocks, and of the output projection (last position only)."""
     factors, decoder = plan.checkpoint.factors, plan.decoder
-    total = 0
-    for linear in decoder.linears:
+
+    def count(linear: Linear) -> int:
         known = factors.get(linear.name)
-        total += linear.in_features * linear.out_features if known is None else macs(known)
-    return total + (decoder.vocab_size * decoder.hidden_size if decoder.head is None else 0)
+        return linear.in_features * linear.out_features if known is None else macs(known)
+
+    head = decoder.vocab_size * decoder.hidden_size if decoder.head is None else count(decoder.head)
+    return sum(count(linear) for block in decoder.blocks for linear in block.linears), head
 
 
 def _working_memory(plan: ExportPlan, settings: TrtSettings) -> tuple[int, int]:

@@ -7,7 +7,6 @@ self-consistent"): the mask is as long as the longest cache and the most new tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixt_export.errors import UsageError
@@ -54,26 +53,6 @@ def profiles(decoder: Decoder, max_batch: int, max_input_len: int, max_seq_len: 
             total=(1, half + 1, max_seq_len),
         ),
     ]  # fmt: skip
-
-
-def merged(separate: Sequence[Mapping[str, Any]]) -> Profile:
-    """One profile that admits what any of ``separate`` admits, tuned for what the last of them (decoding) is tuned for.
-
-    An engine with two profiles may hold its weights twice; one profile holds them once.
-    """
-    *_, tuned = separate
-    bounds = {}
-    for name in tuned["inputs"]:
-        shapes = [profile["inputs"][name] for profile in separate]
-        bounds[name] = {
-            "min": [min(sizes) for sizes in zip(*(shape["min"] for shape in shapes), strict=True)],
-            "opt": list(tuned["inputs"][name]["opt"]),
-            "max": [max(sizes) for sizes in zip(*(shape["max"] for shape in shapes), strict=True)],
-        }
-    batch, seq = bounds["input_ids"]["max"]
-    past = next(sizes["max"][2] for name, sizes in bounds.items() if name.startswith("past_key_values."))
-    bounds["attention_mask"]["max"] = [batch, past + seq]
-    return {"name": "+".join(str(profile["name"]) for profile in separate), "inputs": bounds}
 
 
 _Range = tuple[int, int, int]

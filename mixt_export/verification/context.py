@@ -16,7 +16,7 @@ from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, 
 from mixt_export.verification.graph import open_graph
 from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.metrics import LogitsComparison
-from mixt_export.verification.options import VerifyOptions
+from mixt_export.verification.options import SHORTEST, VerifyOptions
 from mixt_export.verification.session import ExportedRunner, Ids
 from mixt_export.verification.tokens import make_sequences, open_tokenizer
 from mixt_export.verification.torch_model import TorchModel
@@ -43,6 +43,11 @@ class Context:
                 f"{exported} has {self.graph.vocab_size} tokens, {reference} has {self.torch.vocab_size}; "
                 "give the model folder that was exported with --reference."
             )
+        if self.max_length < SHORTEST:
+            raise UsageError(
+                f"{exported}: has {self.max_length} positions, verifying takes at least {SHORTEST}; export again with "
+                "a larger --max-seq-len."
+            )
         self.layers = LayerErrors(self.graph.layers)
         self._runner: ExportedRunner | None = None
         self._instrumented = False
@@ -53,7 +58,7 @@ class Context:
         limits = self.manifest.get("limits")
         given = limits.get("max_seq_len") if isinstance(limits, dict) else None
         lengths = (given, self.config.get("max_position_embeddings"))
-        return min((value for value in lengths if isinstance(value, int) and value > 1), default=_DEFAULT_MAX_LENGTH)
+        return min((value for value in lengths if isinstance(value, int) and value > 0), default=_DEFAULT_MAX_LENGTH)
 
     @cached_property
     def sequences(self) -> Any:

@@ -9,6 +9,8 @@ from mixt_export.errors import UsageError
 
 DEFAULT_POSITIONS = 256
 THOROUGH_POSITIONS = 2048
+#: Positions that an export must have to be verified: a token, and those that are decoded after it.
+SHORTEST = 5
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Exit codes: 0 built, 2 bad folder or option, 4 TensorRT cannot take the graph, 5
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from mixt_trt.backends import BACKENDS, Backend, backend_named, chosen_target, load_backend
 from mixt_trt.builder import BuildSettings, build
 from mixt_trt.cuda import open_cuda
-from mixt_trt.errors import TrtError
+from mixt_trt.errors import NotSupportedError, TrtError
 from mixt_trt.manifest import Manifest, check_files, merged, read_manifest, relaxed
 from mixt_trt.stamp import claim, write_engine
 from mixt_trt.trtexec import trtexec_command
@@ -29,9 +30,10 @@ _UNITS = {"K": 10, "M": 20, "G": 30}
 def size_in_bytes(text: str) -> int:
     """ "512M" or "2G" (powers of 1024) or a plain number of bytes. Raises TrtError."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
-    if not number.isdigit() or int(number) == 0:
+    size = int(number) << _UNITS.get(unit, 0) if number.isdecimal() and len(number) < 20 else 0
+    if not 0 < size < 1 << 63:
         raise TrtError(f"--workspace {text}: give a size such as 512M or 2G.")
-    return int(number) << _UNITS.get(unit, 0)
+    return size
 
 
 def layer_output_names(manifest: Manifest) -> tuple[str, ...]:
@@ -66,6 +68,14 @@ def main(arguments: list[str] | None = None, *, module: Any = None, cuda: Any = 
         else:
             print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        text = f"cannot read or write {error.filename or 'the engine'}: {error.strerror or error}."
+        if options.events:
+            _event(error=text, exit_code=5 if full else 2)
+        else:
+            print(f"error: {text}", file=sys.stderr)
+        return 5 if full else 2
     except MemoryError:
         print("error: out of memory; stop other programs or add swap.", file=sys.stderr)
         return 5
@@ -87,6 +97,10 @@ def _run(options: argparse.Namespace, module: Any, cuda: Any) -> int:
         profiles = tuple(map(relaxed, profiles))
     module = module or load_backend(backend)
     target = chosen_target(backend, module, options.sm)
+    if options.hardware_compatible and backend.chooses_target:
+        raise NotSupportedError(f"--hardware-compatible: {backend.label} does not support it; leave it out.")
+    if options.timing_cache is not None and options.timing_cache.is_dir():
+        raise TrtError(f"--timing-cache {options.timing_cache}: is a folder; name a file.")
     check_files(manifest)
     sm = target if target is not None else (cuda or open_cuda()).compute_capability()
     settings = BuildSettings(

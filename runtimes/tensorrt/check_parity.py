@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None, *, module: Any = None, cuda: Any = 
     except TrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
+    except MemoryError:
+        print("error: out of memory; stop other programs or add swap.", file=sys.stderr)
+        return 5
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
         return 130
@@ -46,6 +49,10 @@ def _run(options: argparse.Namespace, module: Any, cuda: Any) -> int:
     here = Path(__file__).resolve().parent
     folder = Path(options.folder) if options.folder else here.parent
     backend = backend_named(options.backend)
+    if options.layers and options.cuda_graph:
+        raise TrtError("--layers and --cuda-graph exclude each other: a recorded step shows no blocks; leave one out.")
+    if options.tolerance is not None and not 0.0 < options.tolerance < 1.0:
+        raise TrtError(f"--tolerance {options.tolerance}: give a relative L2 between 0 and 1, such as 1e-3.")
     manifest = read_manifest(folder)
     golden = read_golden(folder / "device" / FOLDER, manifest)
     engine = Engine(manifest, backend, module or load_backend(backend), cuda or open_cuda(), layers=options.layers)

@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None, *, module: Any = None, cuda: Any = 
     except OrtRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: out of memory; stop other programs or add swap.", file=sys.stderr)
+        return 5
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
         return 130
@@ -92,6 +95,8 @@ def _run(options: argparse.Namespace, module: Any, cuda: Any) -> None:
 def _prompt(options: argparse.Namespace, folder: Path, bos: int | None) -> tuple[Any, list[int]]:
     """(tokenizer or None, token ids)."""
     if options.ids is not None:
+        if options.chat:
+            raise TrtError("--chat wraps text, --ids gives token ids; leave one out.")
         try:
             return None, [int(word) for word in options.ids.split(",")]
         except ValueError:

@@ -86,6 +86,7 @@ MIXT = ("--as", "smollm2-135m", "--method", "mixt")
         ((*MIXT, "--blocks", "last:31"), "give last:1 to last:30"),
         ((*MIXT, "--n-tensors", "8"), r"2\^7 = 128 does not divide .*576 → 576.*N_T from 2 to 7 fits all, or --paper"),
         ((*MIXT, "--n-tensors", "12", "--paper-padding"), "does not fit into the padded .*N_T from 2 to 9 fits all"),
+        ((*MIXT, "--n-tensors", "qproj=2"), "--n-tensors qproj=…: matches none of the 28 chosen linears"),
         ((*MIXT, "--n-tensors", "1"), "MixT has 2 to 32 tensors"),
         ((*MIXT, "--bond", "1"), "--bond 1: the local dimension is at least 2"),
         ((*MIXT, "--bond", "7"), r"7\^3 = 343 does not divide .*; --paper-padding pads the features"),

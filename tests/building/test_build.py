@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,6 @@ def test_an_interrupted_caller_ends_the_process(process: Any, tmp_path: Path) ->
 
     class Interrupting:
         def task(self, label: str, total: int | None = None) -> Any:
-            import contextlib
-
             def advance(_units: int) -> None:
                 raise KeyboardInterrupt
 
@@ -89,6 +89,28 @@ def test_an_interrupted_caller_ends_the_process(process: Any, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         build_engine("out", backend="rtx", progress=Interrupting())
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_the_process_ends_as_by_ctrl_c(process: Any, tmp_path: Path) -> None:
+    """It may be writing an engine: it must get to the end of its own cleaning up."""
+    process(
+        "print('{}', flush=True)\ntry:\n    signal.pause()\nfinally:\n"
+        f"    open({str(tmp_path / 'cleaned')!r}, 'w').close()"
+    )
+
+    class Interrupting:
+        def task(self, label: str, total: int | None = None) -> Any:
+            def advance(_units: int) -> None:
+                time.sleep(0.2)  # until the process is in its try block
+                raise KeyboardInterrupt
+
+            return contextlib.nullcontext(advance)
+
+        def note(self, message: str) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine("out", backend="rtx", progress=Interrupting())
+    assert (tmp_path / "cleaned").exists()
 
 
 def test_bad_choices_need_no_process() -> None:
@@ -134,6 +156,7 @@ def test_cli_says_what_was_shown_and_what_not(
     [
         ("trt", ["--backend", "trt"], 6, "TensorRT (Python module 'tensorrt') is not installed"),
         ("trt", ["--backend", "rtx", "--sm", "87"], 4, "SM87 cannot be built here"),
+        ("trt", ["--backend", "rtx", "--hardware-compatible"], 4, "--hardware-compatible: TensorRT-RTX does not"),
         ("onnx", ["--backend", "rtx"], 2, "was exported for target 'onnx'; export the model with --target trt"),
         (None, ["--backend", "rtx"], 2, "no such file; give the folder that `mixt export --target trt` wrote"),
     ],

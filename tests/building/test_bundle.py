@@ -86,6 +86,15 @@ def test_golden_tensors_are_what_another_lowering_computes(tmp_path: Path, token
         assert list(np.stack(rows)[:-1].argmax(axis=1)) == case["tokens"][case["prompt"] :]
 
 
+@pytest.mark.parametrize("length", [2, 5])
+def test_golden_tensors_fit_a_short_export(tmp_path: Path, length: int) -> None:
+    model = write_tiny(tmp_path / "model", num_hidden_layers=1)
+    export(model, tmp_path / "out", target="trt", max_seq_len=length, verify=False)
+    record_golden(model, tmp_path / "out", tmp_path / "golden")
+    for case in json.loads((tmp_path / "golden" / "golden.json").read_text())["cases"]:
+        assert len(case["tokens"]) == length and 0 < case["prompt"] < length
+
+
 def test_a_verified_export_carries_golden_tensors(tmp_path: Path) -> None:
     _, out = export_trt(tmp_path, verify=True)
     facts = json.loads((out / "device" / "golden" / "golden.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mixt_export.building import build_engine
-from mixt_export.errors import UnsupportedError, UsageError
+from mixt_export.errors import ResourceError, UnsupportedError, UsageError
 from mixt_export.targets import export
 from mixt_export.targets.trt import TrtOptions
 from tests.building.models import STRUCTURES, write_structure
@@ -48,6 +48,13 @@ def test_every_structure_is_parsed_and_compiled(
     assert len(report.log_memory["profiles"]) == len(stamp["profiles"])
     assert all(profile["activation_bytes"] > 0 for profile in report.log_memory["profiles"])
     assert report.log_memory["weights_bytes"] > 0 and report.layers > 50
+
+
+def test_a_workspace_that_is_too_small(tmp_path: Path) -> None:
+    out = exported(tmp_path, "dense", 7)
+    with pytest.raises(ResourceError, match=r"the workspace of 1 bytes is too small for a layer .*raise --workspace"):
+        build_engine(out, backend="rtx", workspace="1")
+    assert not (out / "engine").exists()
 
 
 def test_bfloat16_and_layer_outputs(tmp_path: Path) -> None:

@@ -180,3 +180,13 @@ def test_moments_that_overflow_are_refused() -> None:
     gram[0, 0] = torch.inf
     with pytest.raises(CheckpointError, match="not finite"):
         fit(cross, gram, shape_of(sizes), start=match(cross, shape_of(sizes)))
+
+
+def test_where_nothing_was_read_the_start_stays() -> None:
+    sizes = SHAPES[0]
+    y, x, w = problem(sizes, 20)
+    cross, gram = moments(y, x, w)
+    start = match(cross, shape_of(sizes))
+    kept = fit(0 * cross, 0 * gram, shape_of(sizes), ridge=1e-3, sweeps=2, start=start)
+    for core, first in zip(kept, start, strict=True):
+        torch.testing.assert_close(core, first, rtol=1e-12, atol=0)

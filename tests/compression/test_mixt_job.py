@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.compression import CompressionReport, Settings, compress, plan
 from mixt_export.compression.texts import calibration_windows
-from mixt_export.errors import UsageError
+from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.network import densify
+from mixt_export.progress import Silent
 from mixt_export.reference import load_reference
 from mixt_export.sample.texts import EVALUATION
 from tests.compression.test_compress import Interrupting
@@ -274,6 +275,8 @@ def test_the_plan_counts_without_weights(tmp_path: Path, model: Path, text: Path
         ({"blocks": "last:9"}, "has 3 blocks"),
         ({"blocks": "2,3"}, "no block 3"),
         ({"refine_steps": -1}, "--refine-steps -1"),
+        ({"seed": -1}, "--seed -1: give a whole number"),
+        ({"seed": 1 << 31}, "--seed 2147483648: give a whole number"),
         ({"keep": 0.5}, "--keep does not apply to method mixt, which has --n-tensors"),
         ({"method": "svd", "n_tensors": 4, "refine_steps": None}, "--n-tensors does not apply to method svd"),
         ({"settings": Settings(fisher_windows=3)}, "fisher windows does not apply to method mixt"),
@@ -323,3 +326,54 @@ def test_streams_on_disk_change_nothing(
     make(model, tmp_path / "disk", text, controls=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "disk")]
     assert weights[0] == weights[1]
+
+
+def test_a_block_that_adds_nothing_is_replaced_by_one_that_adds_nothing(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    """Depth-expanded models start with zero o_proj and down_proj: neither weights nor losses may divide by them."""
+    names = [
+        f"model.layers.{index}.{name}.weight" for index in (1, 2) for name in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    stored = load_file(model / "model.safetensors")
+    still = rewritten(tmp_path / "still", model, {name: np.zeros_like(stored[name]) for name in names})
+    report = make(still, tmp_path / "out", text, refine_steps=2)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(math.isfinite(block.loss_after) for block in report.blocks)
+    cores = [made[name] for name in made if "layers.1.mlp.down_proj.branch" in name]
+    assert len(cores) == 4
+    assert all(np.abs(core).max() < 0.1 for core in cores)
+
+
+def test_no_numbers_are_no_success() -> None:
+    from mixt_export.compression.controls import Controls, Score, TextScores
+
+    scores = {name: Score.of(1.0, 0.1) for name in ("dense", "low rank", "deleted")}
+    text = TextScores("t", "held out", 1, 8, {**scores, "compressed": Score.of(math.nan, math.nan)})
+    assert len(Controls.of((text,), {}, "mixt").warnings) == 2
+
+
+@pytest.mark.parametrize(("kind", "key"), [("granite", "embedding_multiplier"), ("cohere", "logit_scale")])
+def test_models_that_scale_embeddings_or_logits_are_refused(tmp_path: Path, kind: str, key: str) -> None:
+    """Their blocks and head were run without the scale before: statistics and controls of another model."""
+    folder = write_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind, key: 0.25}))
+    with pytest.raises(UnsupportedError, match=rf"{kind}.*{key}"):
+        plan(folder, tmp_path / "out", method="mixt")
+
+
+def test_blocks_that_keep_their_order_are_told(tmp_path: Path, model: Path, text: Path) -> None:
+    said: list[str] = []
+
+    class Notes(Silent):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    given: dict[str, Any] = {"n_tensors": 2, "blocks": "last:1", "progress": Notes()}
+    make(model, tmp_path / "whole", text, **given)
+    make(model, tmp_path / "not asked", text, exclude=["down_proj"], permute=False, **given)
+    make(model, tmp_path / "no mlp", text, exclude=["mlp"], **given)
+    assert not said
+    make(model, tmp_path / "part", text, exclude=["down_proj"], **given)
+    assert len(said) == 1 and said[0].startswith("blocks 2 keep the order of their hidden channels")

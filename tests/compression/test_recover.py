@@ -16,6 +16,7 @@ from mixt_export.compression.recover import RecoverReport, RecoverSettings, reco
 from mixt_export.compression.recover.state import StateFolder
 from mixt_export.errors import CheckpointError, UsageError
 from mixt_export.evaluation import perplexity
+from mixt_export.progress import Silent
 from mixt_export.reference import load_reference
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
@@ -154,7 +155,14 @@ def test_a_state_of_other_arguments_or_a_damaged_one_is_refused(case: Case, monk
 
 
 def test_resume_without_a_state_starts_at_the_beginning(case: Case) -> None:
-    case.run("a", resume=True)
+    said: list[str] = []
+
+    class Listening(Silent):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    case.run("a", resume=True, progress=Listening())
+    assert said == [f"nothing to resume in {case.folder / 'a.recover'}: starting at the beginning."]
     case.run("b")
     assert same_bytes(case.folder / "a", case.folder / "b")
 
@@ -166,6 +174,23 @@ def test_half_precision_stays_half_precision_and_runs(tmp_path: Path) -> None:
     store = open_checkpoint(case.folder / "out").store
     assert {ref.dtype for ref in store.refs.values()} == {"bfloat16"}
     load_reference(case.folder / "out")
+
+
+def test_scores_are_those_of_what_is_stored(tmp_path: Path) -> None:
+    """A recovered half-precision model is measured after rounding, not as it was in float32."""
+    case = Case(tmp_path, dtype="bfloat16")
+    report = case.run(eval_texts=[case.texts[1]])
+    again = recover(
+        case.folder / "out",
+        case.dense,
+        case.folder / "again",
+        texts=case.texts,
+        eval_texts=[case.texts[1]],
+        settings=SETTINGS,
+    )
+    for first, second in zip(report.scores, again.scores, strict=True):
+        assert second.before == pytest.approx(first.after, rel=1e-6)
+        assert second.kl_before == pytest.approx(first.kl_after, rel=1e-5)
 
 
 def test_the_best_step_is_kept_when_training_goes_astray(case: Case) -> None:
@@ -224,7 +249,7 @@ def test_texts_that_are_too_short(case: Case) -> None:
     with pytest.raises(UsageError, match="71 tokens are too few to train on; 72 are needed"):
         case.run(texts=[short])
     short.write_text("x" * 23)
-    with pytest.raises(UsageError, match="23 tokens give no window of 24"):
+    with pytest.raises(UsageError, match=r"23 tokens give no window of 24; .* smaller --window"):
         case.run(eval_texts=[short])
     with pytest.raises(UsageError, match="no such text"):
         case.run(texts=[case.folder / "absent.txt"])

@@ -77,3 +77,13 @@ def test_a_state_of_zeros_is_similar_to_nothing() -> None:
     states = np.ones((2, 3, 4))
     states[:, 1] = 0.0
     np.testing.assert_allclose(layer_similarity(states), [[1, 0, 1], [0, 0, 0], [1, 0, 1]], atol=1e-15)
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    """A model whose logits are NaN is not certain, and its layers are not orthogonal."""
+    assert math.isnan(output_entropy(np.array([[0.25] * 4, [np.nan] * 4])))
+    states = rng.standard_normal((3, 4, 5))
+    states[1, 2] = np.nan
+    similarity = layer_similarity(states)
+    assert np.isnan(similarity[2]).all()
+    assert np.isfinite(similarity[0, 1])

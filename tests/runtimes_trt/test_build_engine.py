@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -174,6 +176,11 @@ def scale(bound: str, value: int) -> Edit:
     return edit
 
 
+def flat_ids(manifest: dict[str, Any]) -> None:
+    for profile in manifest["trt"]["profiles"]:
+        profile["inputs"]["input_ids"] = {"min": [1], "opt": [1], "max": [1]}
+
+
 def longer_mask(manifest: dict[str, Any]) -> None:
     for bounds in manifest["trt"]["profiles"][1]["inputs"]["attention_mask"].values():
         bounds[1] += 1000
@@ -189,8 +196,17 @@ def longer_mask(manifest: dict[str, Any]) -> None:
         (lambda m: m["trt"]["profiles"][0]["inputs"].pop("past_key_values.1.key"), "profiles name different inputs"),
         (
             lambda m: [p["inputs"].pop("past_key_values.1.key") for p in m["trt"]["profiles"]],
+            "says 3 layers, but its profiles name 7 inputs",
+        ),
+        (
+            lambda m: [
+                p["inputs"].update({"past_key_values.9.key": p["inputs"].pop("past_key_values.1.key")})
+                for p in m["trt"]["profiles"]
+            ],
             "profile does not name it",
         ),
+        (lambda m: m["kv"].update(layers=2**31 - 1), "says 2147483647 layers"),
+        (flat_ids, "input_ids and attention_mask have two dimensions"),
         (lambda m: m["trt"].update(profiles=[]), "no profiles"),
         (lambda m: m.pop("trt"), "was exported for target 'trt'; export the model with --target trt"),
         (lambda m: m.update(schema=9), "schema 9 is not 1"),
@@ -214,6 +230,9 @@ def test_bad_folders(folder: Path, board: Any, capsys: pytest.CaptureFixture[str
         (["--backend", "abacus"], 2, "--backend abacus: not a backend; choose from rtx, trt"),
         (["--workspace", "much"], 2, "--workspace much: give a size such as 512M or 2G"),
         (["--workspace", "0"], 2, "--workspace 0"),
+        (["--workspace", "²"], 2, "--workspace ²"),
+        (["--workspace", "9999999999999G"], 2, "--workspace 9999999999999G"),
+        (["--timing-cache", "/"], 2, "--timing-cache /: is a folder"),
     ],
 )
 def test_bad_options(
@@ -279,6 +298,22 @@ def test_a_full_disk(
     monkeypatch.setattr(toolkit("stamp").shutil, "disk_usage", lambda _path: usage)
     assert board()("build_engine", folder) == 5
     assert "MB of disk" in capsys.readouterr().err and not list((folder / "engine").iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.ENOSPC, 5)])
+@pytest.mark.parametrize("events", [False, True])
+def test_a_folder_that_cannot_be_written(
+    folder: Path, board: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int,
+    code: int, events: bool,
+) -> None:  # fmt: skip
+    def refuse(**_: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder / "engine"))
+
+    monkeypatch.setattr(toolkit("stamp").tempfile, "mkdtemp", refuse)
+    assert board()("build_engine", folder, *["--events"] * events) == code
+    found = capsys.readouterr()
+    said = json.loads(found.out.splitlines()[-1])["error"] if events else found.err
+    assert f"cannot read or write {folder / 'engine'}: {os.strerror(number)}." in said
 
 
 def test_events_are_json_lines(folder: Path, board: Any, capsys: pytest.CaptureFixture[str]) -> None:

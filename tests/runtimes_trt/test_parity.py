@@ -77,6 +77,32 @@ def test_tolerance_is_the_one_asked_for(folder: Path, board: Any, capsys: pytest
     assert not result["passed"] and 1e-12 < result["minimum_tolerance"] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers", "--cuda-graph"], "--layers and --cuda-graph exclude each other"),
+        (["--tolerance", "5"], "--tolerance 5.0: give a relative L2 between 0 and 1"),
+        (["--tolerance", "nan"], "--tolerance nan"),
+    ],
+)
+def test_bad_options(folder: Path, board: Any, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    device = board()
+    assert device("build_engine", folder, "--layer-outputs") == 0
+    assert device("check_parity", folder, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_stamp_that_names_other_outputs_is_refused(
+    folder: Path, board: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = board()
+    assert device("build_engine", folder, "--layer-outputs") == 0
+    stamp = folder / "engine" / "sm87-trt10.3.0-layers" / "stamp.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"layer_outputs": ["/nowhere"]}))
+    assert device("check_parity", folder, "--layers") == 2
+    assert "names an output '/nowhere'" in capsys.readouterr().err
+
+
 def spoil_shape(golden: Path) -> None:
     np.save(golden / "prompt0.logits.npy", np.zeros((2, 3), np.float32))
 
@@ -100,6 +126,31 @@ def spoil_name(golden: Path) -> None:
     (golden / "golden.json").write_text(json.dumps(data))
 
 
+def edit_json(golden: Path, **changes: Any) -> None:
+    data = json.loads((golden / "golden.json").read_text())
+    (golden / "golden.json").write_text(json.dumps(data | changes))
+
+
+def spoil_cases(golden: Path) -> None:
+    edit_json(golden, cases=[])
+
+
+def spoil_tolerance(golden: Path) -> None:
+    edit_json(golden, tolerance={"logits": float("inf"), "norms": 1e-4})
+
+
+def spoil_count(golden: Path) -> None:
+    edit_json(golden, cases=[{"name": "prompt0", "tokens": [1, 2], "prompt": float("inf")}])
+
+
+def spoil_header(golden: Path) -> None:
+    """A header that claims 2 TB."""
+    with (golden / "prompt0.logits.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 1 << 19)}
+        )
+
+
 def remove(golden: Path) -> None:
     shutil.rmtree(golden)
 
@@ -112,7 +163,11 @@ def remove(golden: Path) -> None:
         (spoil_json, "holds no JSON object"),
         (spoil_graph, "was recorded for another model.onnx"),
         (spoil_name, "etc/passwd"),
-        (remove, "no such file"),
+        (spoil_cases, "names no case"),
+        (spoil_tolerance, "a tolerance of inf"),
+        (spoil_count, "is no record of golden tensors"),
+        (spoil_header, "cannot be read"),
+        (remove, "export the model again without --no-verify"),
     ],
 )
 def test_a_bad_golden_folder_is_one_sentence(

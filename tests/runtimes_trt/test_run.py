@@ -140,6 +140,7 @@ def test_a_cut_cache_goes_on_like_a_fresh_one(folder: Path, board: Any, cuda_gra
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--ids", "1", "--chat"], "--chat wraps text"),
         (["--ids", "1,x"], "give numbers separated by commas"),
         (["--ids", "1,300"], "300 is not a token id from 0 to 299"),
         (["--ids", ",".join(["1"] * (MAX_SEQ_LEN + 1))], f"was exported for at most {MAX_SEQ_LEN}"),

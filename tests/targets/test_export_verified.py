@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from mixt_export.cli.main import mixt_export
+from mixt_export.errors import UsageError
 from mixt_export.lower.attention import interface
 from mixt_export.targets import export
+from mixt_export.verification import verify
+from mixt_export.verification.options import SHORTEST
 from tests.tiny import write_tiny, write_tiny_low_rank
 
 
@@ -28,6 +31,16 @@ def test_a_clean_export_passes(tmp_path: Path, model: Path, target: str, dtype: 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["passed"] and len(report["checks"]) >= 7
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_too_short_to_verify_is_said_before_anything_is_written(tmp_path: Path, model: Path) -> None:
+    assert export(model, tmp_path / "short", max_seq_len=SHORTEST).ok
+    with pytest.raises(UsageError, match=f"--max-seq-len {SHORTEST - 1}: verifying takes at least {SHORTEST}"):
+        export(model, tmp_path / "out", max_seq_len=SHORTEST - 1)
+    assert not (tmp_path / "out").exists()
+    export(model, tmp_path / "out", max_seq_len=1, verify=False)
+    with pytest.raises(UsageError, match="has 1 positions, verifying takes at least"):
+        verify(tmp_path / "out", model)
 
 
 def test_cut_layers_are_judged_against_a_cut_reference(tmp_path: Path, model: Path) -> None:

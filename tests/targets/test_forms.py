@@ -21,7 +21,8 @@ from mixt_export.plan import choose_forms
 from mixt_export.targets import export, plan_export
 from mixt_export.verification.checks import redensified
 from mixt_export.verification.graph import open_graph
-from tests.tiny import write_tiny, write_tiny_mixt
+from mixt_export.verification.memory.weights import checkpoint_size, mergeable_elements
+from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,16 @@ def test_the_check_of_an_export_knows_the_plan_and_nothing_more(tmp_path: Path, 
         path.write_text(json.dumps(manifest | {"plan": plan}))
         result = run_check(tmp_path / "dense", model)
         assert not result.passed and "the graph holds" in result.reason
+
+
+def test_a_manifest_cannot_declare_more_than_the_dense_matrices(tmp_path: Path, model: Path) -> None:
+    export(model, tmp_path / "out", verify=False)
+    path = tmp_path / "out" / "mixt_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["plan"]["elements"] = {"stored": 0, "planned": 10**12, "dense": 10**12}
+    path.write_text(json.dumps(manifest))
+    assert run_check(tmp_path / "out", model).metrics["planned_constants"] == checkpoint_size(model, 1).dense_elements
+    assert mergeable_elements(write_tiny_low_rank(tmp_path / "low", write_tiny(tmp_path / "base")), 3) == 0
 
 
 def _stored(model: Path) -> int:

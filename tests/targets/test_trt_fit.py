@@ -58,6 +58,9 @@ def test_board_and_jetpack_choose_the_dialect(
         ("ort", "fp16", TrtOptions(device="agx-thor"), r"--device is an option of --target trt"),
         ("onnx", "fp16", TrtOptions(max_batch=2), r"--max-batch is an option of --target trt"),
         ("trt", "fp16", TrtOptions(max_input_len=300), r"--max-input-len 300 exceeds --max-seq-len 256"),
+        ("trt", "fp32", TrtOptions(islands=("residual",)), r"--island: everything is float32"),
+        ("trt", "fp32", TrtOptions(scan=True), r"--scan looks for what overflows float16, the export is float32"),
+        ("trt", "bf16", TrtOptions(scan=True), r"--scan looks for what overflows float16, the export is bfloat16"),
         ("ort", "bf16", None, r"--dtype bf16: --target ort takes float32 and float16"),
     ],
 )
@@ -90,6 +93,11 @@ def test_the_parts_of_the_sum(model: Path) -> None:
     read = found.weights - 300 * 48 * 2 + 64 * (2 * 2 * 2 * 16 * 2)
     work = 2 * (2 * block + 300 * 48) + 4 * 64 * 2 * 64
     assert found.decode == pytest.approx(max(read / 102.4e9, work / 15e12), rel=1e-6)
+    slow = replace(devices.DEVICES["orin-nx-16gb"], flops=1e6)
+    plan = plan_export(model, target="trt", dtype="fp16", max_seq_len=64, trt=options)
+    assert plan.trt is not None
+    computing = fit(replace(plan, trt=replace(plan.trt, device=slow))).prefill
+    assert computing == pytest.approx((8 * (2 * 2 * block + 4 * 64 * 2 * 4) + 2 * 300 * 48) / 1e6)  # the head runs once
     assert found.fits and found.swap == 0
     found.require()
 
@@ -162,6 +170,7 @@ def test_dry_run_on_the_command_line(tmp_path: Path, model: Path, cli: Callable[
         ("--target", "trt", "--fp16", "--bf16"),
         ("--target", "trt", "--dtype", "bf16", "--fp16"),
         ("--device", "agx-thor"),
+        ("--target", "trt", "--fp16", "--scan"),
     ],
 )
 def test_contradictions_on_the_command_line_are_2(
@@ -169,6 +178,12 @@ def test_contradictions_on_the_command_line_are_2(
 ) -> None:
     code, _, err = cli(model, *arguments, "--dry-run")
     assert code == 2 and err.count("\n") == 1 and err.startswith("error: --")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float16"])
+def test_two_ways_to_say_the_same_are_no_contradiction(model: Path, dtype: str, cli: Callable[..., Said]) -> None:
+    code, out, err = cli(model, "--dtype", dtype, "--fp16", "--dry-run")
+    assert code == 0 and "float16" in out, err
 
 
 def test_the_manifest_says_what_a_board_needs(tmp_path: Path, model: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from mixt_export.building.toolkit import toolkit
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.errors import UsageError
 from mixt_export.families import decoder_of
 from mixt_export.families.wiring import Decoder
 from mixt_export.targets import plan_export
-from mixt_export.targets.profiles import BOUNDS, merged, profiles
+from mixt_export.targets.profiles import BOUNDS, profiles
 from mixt_export.targets.trt import TrtOptions
 from tests.tiny import write_tiny
 
@@ -21,6 +22,12 @@ from tests.tiny import write_tiny
 @pytest.fixture
 def decoder(tmp_path: Path) -> Decoder:
     return decoder_of(open_checkpoint(write_tiny(tmp_path / "model")).config)
+
+
+def merged(both: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one profile of both that the device scripts build by default."""
+    tools = toolkit("manifest")
+    return dict(tools.merged(tuple(tools.parse_profile(profile) for profile in both)).as_dict())
 
 
 def contradictions(profile: dict[str, Any]) -> list[str]:

@@ -71,7 +71,10 @@ def cut(
         stream, digest = _stream(folder, path, limit)
         count = min(settings.eval_windows, len(stream) // length)
         if count == 0:
-            raise UsageError(f"{path}: {len(stream)} tokens give no window of {length}; give a longer text.")
+            raise UsageError(
+                f"{path}: {len(stream)} tokens give no window of {length}; give a longer text, or take a "
+                "smaller --window."
+            )
         held.append(Held(path.name, "evaluation", slice(len(windows), len(windows) + count)))
         windows += list(stream[: count * length].reshape(-1, length))
         reports.append(TextReport(str(path), digest, len(stream), count))

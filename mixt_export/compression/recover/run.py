@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from mixt_export.checkpoints import Checkpoint, NewTensor, open_checkpoint, write_checkpoint
 from mixt_export.checkpoints.dtypes import numpy_dtype
 from mixt_export.compression.blocks import BlockwiseModel
+from mixt_export.compression.clock import Clock
 from mixt_export.compression.memory import peak_rss
 from mixt_export.compression.precision import fast_products
 from mixt_export.compression.recover.data import Windows, cut
@@ -32,6 +32,7 @@ from mixt_export.compression.scratch import IN_MEMORY, scratch_beside
 from mixt_export.compression.texts import default_texts
 from mixt_export.errors import UsageError
 from mixt_export.progress import SILENT, Progress
+from mixt_export.reference.tensors import torch_dtype
 from mixt_export.resources import texts as shipped_texts
 from mixt_export.staging import check_output, require_space, staged_folder
 
@@ -67,7 +68,7 @@ def recover(
     inputs = (Path(student_dir), Path(teacher_dir))
     check_output(Path(output), overwrite=overwrite, inputs=inputs)
     job = _prepare(student_dir, teacher_dir, output, texts, eval_texts, settings or RecoverSettings(), seed)
-    clock = _Clock()
+    clock = Clock(time.process_time)
     state_folder = StateFolder(job.output, job.fingerprint)
     with scratch_beside(job.output) as scratch:
         stream = 4 * job.windows.tokens.size * job.model.hidden
@@ -81,6 +82,7 @@ def recover(
             before = [trainer.measure(held) for held in job.windows.held]
         with clock.stage("training"):
             state = trainer.run(resume)
+            _round(tail)
         with clock.stage("measuring"):
             after = [trainer.measure(held) for held in job.windows.held]
         report = _report(job, tail, state, before, after)
@@ -148,6 +150,13 @@ def _evaluation(given: Sequence[str | Path] | None, *, shipped: bool) -> list[Pa
     return sorted(shipped_texts().glob("eval_*.txt")) if shipped else []
 
 
+@torch.no_grad()
+def _round(tail: Tail) -> None:
+    """To what the dtypes store, in place: what is measured is what will be loaded."""
+    for name, parameter in tail.parameters.items():
+        parameter.copy_(parameter.to(torch_dtype(tail.dtype(name))))
+
+
 def _tensors(tail: Tail) -> list[NewTensor]:
     """What was trained, in the dtypes it is stored in."""
 
@@ -201,18 +210,3 @@ def _info(student: Checkpoint, report: RecoverReport) -> dict[str, Any]:
     recovered = report.to_dict()
     del recovered["cpu_seconds"], recovered["peak_rss_bytes"]
     return {**student.info, "recover": recovered}
-
-
-class _Clock:
-    """CPU seconds of this process per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.process_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.process_time() - started, 3)

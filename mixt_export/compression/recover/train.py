@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mixt_export.compression.blocks import spans
 from mixt_export.compression.optimiser import Optimiser
 from mixt_export.compression.precision import fast_products
 from mixt_export.compression.recover.data import Held, Windows
@@ -19,9 +20,6 @@ from mixt_export.compression.recover.teacher import Teacher
 from mixt_export.compression.recover.vocabulary import divergence
 from mixt_export.compression.refine import draws, schedule
 from mixt_export.progress import Progress
-
-#: Logits exist for so many numbers at once where a whole vocabulary is measured.
-_LOGITS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class Trainer:
     def run(self, resume: bool) -> State:
         """Train to the end, from the saved state with ``resume`` if there is one; the best parameters stay in place."""
         state = self._restored() if resume else None
+        if resume and state is None:
+            self.progress.note(f"nothing to resume in {self.folder.path}: starting at the beginning.")
         state = state or self._begin()
         losses: list[float] = []
         with fast_products(), self.progress.task("training", self.settings.steps) as advance:
@@ -84,7 +84,7 @@ class Trainer:
         for window in range(held.rows.start, held.rows.stop):
             found = self.tail(self.teacher.inputs[window : window + 1])[0, :-1]
             wanted, targets = self.teacher.outputs[window, :-1], self.teacher.tokens[window, 1:]
-            for span in _spans(len(targets), len(self.head.weight)):
+            for span in spans(len(targets), len(self.head.weight)):
                 ours, theirs = self.head.logits(found[span]), self.head.logits(wanted[span])
                 student_nll += float(nn.functional.cross_entropy(ours, targets[span], reduction="sum"))
                 teacher_nll += float(nn.functional.cross_entropy(theirs, targets[span], reduction="sum"))
@@ -158,9 +158,3 @@ class Trainer:
                 parameter.copy_(state.tensors[f"now:{name}"])
         self.optimiser.restore(state.tensors, state.step)
         return state
-
-
-def _spans(tokens: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))

@@ -122,8 +122,11 @@ class _Branch:
                 continue
             rows = (copies.reshape(height, -1) == pattern).all(dim=1).nonzero()[:, 0]
             gram = (diagonal * pattern.view(left, right)).sum((2, 3))
+            if not bool(gram.any()):
+                continue  # nothing was ever read there: these rows stay what they are
             level = ridge * float(gram.diagonal().mean())
-            groups.append(_Rows(rows, gram, level, _factor(gram, level)))
+            lower = cholesky(gram + level * torch.eye(len(gram), dtype=torch.float64))
+            groups.append(_Rows(rows, gram, level, lower))
         return cls(split, tuple(groups), real[:, None])
 
     def image(self, local: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -142,12 +145,6 @@ class _Branch:
             right_side = wanted[rows] + local[rows] @ group.gram + group.ridge * anchor[rows]
             moved[rows] = torch.cholesky_solve(right_side.T, group.lower).T
         return moved
-
-
-def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Lower Cholesky factor of ``gram`` + ``ridge`` · I; of I when nothing was ever read there."""
-    identity = torch.eye(len(gram), dtype=torch.float64)
-    return cholesky(gram + ridge * identity) if bool(gram.any()) else identity
 
 
 def _trace(matrix: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from mixt_export.compression.clock import Clock
 from mixt_export.compression.controls import COMPRESSED, DELETED, DENSE, LOW_RANK, Controls, TextScores
 from mixt_export.compression.families import MixTOptions
 from mixt_export.compression.job import Job, Result, Windows
-from mixt_export.compression.permutation import permute_block
+from mixt_export.compression.permutation import GATED_MLP, permute_block
 from mixt_export.compression.refine import RefineSettings, refine_block
 from mixt_export.compression.report import BlockReport, LayerReport
 from mixt_export.compression.request import Request
@@ -112,6 +112,7 @@ class MixTJob(Job):
             params = {name: _cores(linear) for name, linear in self.linears.items()}
             variants[LOW_RANK] = Variant(low_rank_solver(params, self.settings), self._refiner([], clock), made.count)
             variants[DELETED] = Variant()
+        unmoved: list[int] = []
         with clock.stage("blocks"):
             shape = (*windows.shape, self.model.hidden)
             stream = self.model.embed(windows, scratch.working_array("stream", shape))
@@ -124,9 +125,14 @@ class MixTJob(Job):
                 return torch.from_numpy(scratch.working_array(f"stream of {label}", tuple(like.shape)))
 
             lockstep = Lockstep(
-                self.model, self.by_block(), variants, self.settings.batch, allocate, progress, self._permuter()
+                self.model, self.by_block(), variants, self.settings.batch, allocate, progress, self._permuter(unmoved)
             )
             lockstep.run(stream, outputs)
+        if unmoved:
+            progress.note(
+                f"blocks {', '.join(map(str, unmoved))} keep the order of their hidden channels: --permute needs gate, "
+                "up and down replaced alike, in the exact form, without biases, and not too large"
+            )
         controls = None
         if self.own.controls:
             with clock.stage("controls"):
@@ -142,8 +148,11 @@ class MixTJob(Job):
             for domain in CONTROL_DOMAINS
         ]
 
-    def _permuter(self) -> Prepare | None:
-        """Reorders the hidden channels of an MLP whose three linears all become MixT; None when not asked for."""
+    def _permuter(self, unmoved: list[int]) -> Prepare | None:
+        """Reorders the hidden channels of an MLP whose three linears all become MixT; None when not asked for.
+
+        Blocks of which something is replaced in the MLP and whose order stays are appended to ``unmoved``.
+        """
         if not self.own.permute:
             return None
 
@@ -152,7 +161,8 @@ class MixTJob(Job):
             inside = {
                 name.removeprefix(prefix): linear for name, linear in self.linears.items() if name.startswith(prefix)
             }
-            permute_block(block, inside, inputs)
+            if not permute_block(block, inside, inputs) and any(name in inside for name in GATED_MLP):
+                unmoved.append(index)
 
         return permute
 

@@ -16,9 +16,10 @@ _FLOOR = 1e-6
 
 
 def token_weights(outputs: torch.Tensor) -> torch.Tensor:
-    """1/||y||² for each row y of ``outputs`` (tokens, out); (tokens,) float32."""
+    """1/||y||² for each row y of ``outputs`` (tokens, out); 1 for all where no row has any. (tokens,) float32."""
     squares = outputs.square().sum(1)
-    return 1.0 / squares.clamp_min(max(_FLOOR * float(squares.mean()), torch.finfo(squares.dtype).tiny))
+    floor = _FLOOR * float(squares.mean())
+    return torch.ones_like(squares) if floor == 0.0 else 1.0 / squares.clamp_min(floor)
 
 
 class Moments:

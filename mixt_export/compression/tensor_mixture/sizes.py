@@ -8,7 +8,7 @@ from mixt_export.compression.families import MixTOptions
 from mixt_export.errors import NetworkError, UsageError
 from mixt_export.network import FactorizedLinear, build
 from mixt_export.network.limits import MAX_BRANCHES
-from mixt_export.selection import parse_sizes, size_of
+from mixt_export.selection import parse_sizes, require_matches, size_of
 
 #: The largest local dimension; beyond it nothing is left of a layer with two tensors.
 MAX_BOND = 64
@@ -22,9 +22,7 @@ def terms_of(asked: int | Mapping[str, int] | Sequence[str], names: Iterable[str
     names = list(names)
     sizes = parse_sizes(_items(asked), "--n-tensors")
     default, rules = sizes
-    for pattern, _ in rules:
-        if not any(pattern.search(name) for name in names):
-            raise UsageError(f"--n-tensors {pattern.pattern}=…: matches none of the {len(names)} chosen linears.")
+    require_matches(sizes, names, "--n-tensors")
     for number in (default, *(number for _, number in rules)):
         if number is not None and not 2 <= number <= MAX_BRANCHES:
             raise UsageError(

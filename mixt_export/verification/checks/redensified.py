@@ -7,7 +7,7 @@ from typing import Any
 
 from mixt_export.verification.context import Context
 from mixt_export.verification.memory.optimised import optimised_elements
-from mixt_export.verification.memory.weights import checkpoint_size, count_weights
+from mixt_export.verification.memory.weights import checkpoint_size, count_weights, mergeable_elements
 from mixt_export.verification.result import CheckResult
 
 NAME = "redensified"
@@ -22,7 +22,7 @@ def run(context: Context) -> CheckResult:
     context.close()  # its memory is needed for the optimiser's copy
     weights = count_weights(context.graph.proto)
     stored = checkpoint_size(context.reference, context.graph.layers).elements
-    merged = _merged(context.manifest)
+    merged = min(_merged(context.manifest), mergeable_elements(context.reference, context.graph.layers))
     planned = stored + merged
     optimised = optimised_elements(context.graph, context.options.threads)
     reason = ""
@@ -47,7 +47,8 @@ def run(context: Context) -> CheckResult:
 def _merged(manifest: Mapping[str, Any]) -> int:
     """Constants that the export chose to add by merging terms of MixT linears, as its manifest declares.
 
-    Never more than the dense matrices have: what is beyond that is no form of a linear. 0 where nothing is declared.
+    Never more than its dense matrices have: what is beyond that is no form of a linear. 0 where nothing is declared.
+    The manifest comes with the folder under test: `mergeable_elements` bounds what it may declare.
     """
     plan = manifest.get("plan")
     elements = plan.get("elements") if isinstance(plan, dict) else None

@@ -77,6 +77,21 @@ def checkpoint_size(folder: Path, layers: int) -> CheckpointSize:
     return CheckpointSize(stored, stored - sum(sizes.get(name, 0) for name in cores) + dense)
 
 
+def mergeable_elements(folder: Path, layers: int) -> int:
+    """Constants that an export can add at most by merging terms of MixT linears: all of them dense.
+
+    Counted from the headers of ``folder``; blocks from number ``layers`` on are left out.
+    """
+    from mixt_export.checkpoints import open_checkpoint
+    from mixt_export.plan import Mixture
+
+    linears = [linear for name, linear in open_checkpoint(folder).factors.items() if _kept(f"{name}.", layers)]
+    found = [mixture for mixture in map(Mixture.of, linears) if mixture is not None]
+    cores = {term.tensor: math.prod(mixture.core_shape) for mixture in found for term in mixture.terms}
+    dense = sum(mixture.in_features * mixture.out_features for mixture in found)
+    return max(dense - sum(cores.values()), 0)
+
+
 def _kept(name: str, layers: int) -> bool:
     match = _LAYER.search(name)
     return match is None or int(match.group(1)) < layers

@@ -22,7 +22,9 @@ from .parsing import check_traps, mark_layer_outputs, parse
 _OUT_OF_MEMORY = re.compile(
     r"(?i)out ?of ?memory|Error Code 2:|insufficient memory|bad_alloc|cannot allocate|cudaErrorMemory"
 )
-_NO_TACTIC = re.compile(r"(?i)insufficient workspace|could not find any implementation|increas\w+ the workspace")
+_NO_TACTIC = re.compile(
+    r"(?i)insufficient workspace|could not find any implementation|within workspace limit|increas\w+ the workspace"
+)
 _HARDWARE = re.compile(r"(?i)HW-specific datatypes|compute capability is invalid|Cannot compile for target")
 
 
@@ -92,18 +94,6 @@ def build(
     _save_timing_cache(cache, settings.timing_cache)
     del parser
     return Built(plan, network.num_layers, log.figures(), log.warnings, time.monotonic() - began)
-
-
-def parse_only(module: Any, graph: Path) -> int:
-    """Parse ``graph`` without building; returns the number of network layers. Raises NotSupportedError."""
-    log = Log()
-    logger = make_logger(module, log)
-    builder = module.Builder(logger)
-    network = builder.create_network(_creation_flags(module))
-    parser = parse(module, network, logger, log, graph)
-    layers = int(network.num_layers)
-    del parser
-    return layers
 
 
 def _creation_flags(module: Any) -> int:

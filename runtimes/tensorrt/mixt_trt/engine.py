@@ -41,6 +41,9 @@ class Engine:
         self._profile = -1
         self.names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.outputs = [name for name in self.names if self._is_output(name)]
+        absent = sorted(set(self.stamp.layer_outputs) - set(self.outputs))
+        if absent:
+            raise TrtError(f"{folder}: its stamp names an output {absent[0]!r} that the engine lacks; build it again.")
 
     def admits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether some profile admits ``shapes``."""

@@ -9,12 +9,6 @@ class TrtError(Exception):
     exit_code = 2
 
 
-class ParityFailedError(TrtError):
-    """The engine does not compute what the reference computed. Exit code 3."""
-
-    exit_code = 3
-
-
 class NotSupportedError(TrtError):
     """TensorRT cannot take this graph, or cannot build for this device here. Exit code 4."""
 

@@ -50,6 +50,11 @@ class Golden:
 def read_golden(folder: Path, manifest: Manifest) -> Golden:
     """Read a golden ``folder``. Raises TrtError when it is missing, malformed or of another model than ``manifest``."""
     path = folder / FILE
+    if not folder.is_dir():
+        raise TrtError(
+            f"{folder}: no such folder; golden tensors are recorded where an export is verified: export the model "
+            "again without --no-verify."
+        )
     data = read_json(path)
     try:
         if data["schema"] != SCHEMA:
@@ -57,13 +62,19 @@ def read_golden(folder: Path, manifest: Manifest) -> Golden:
         if data["graph"] != manifest.files["model.onnx"]:
             raise TrtError(f"{path}: was recorded for another {manifest.graph.name}; export the model again.")
         return Golden(
-            cases=tuple(_case(folder, facts, manifest) for facts in data["cases"]),
-            logits_tolerance=float(data["tolerance"]["logits"]),
-            norms_tolerance=float(data["tolerance"]["norms"]),
+            cases=_cases(folder, data["cases"], manifest),
+            logits_tolerance=_tolerance(data["tolerance"]["logits"]),
+            norms_tolerance=_tolerance(data["tolerance"]["norms"]),
             reference=str(data["reference"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TrtError(f"{path}: is no record of golden tensors ({error!r}); export the model again.") from None
+
+
+def _cases(folder: Path, listed: Any, manifest: Manifest) -> tuple[Case, ...]:
+    if not listed:
+        raise ValueError("it names no case")
+    return tuple(_case(folder, facts, manifest) for facts in listed)
 
 
 def _case(folder: Path, facts: Any, manifest: Manifest) -> Case:
@@ -75,14 +86,22 @@ def _case(folder: Path, facts: Any, manifest: Manifest) -> Case:
     shapes = (1 + length - prompt, manifest.vocab_size), (layers, length), (layers, 2, length)
     if (logits.shape, hidden.shape, cache.shape) != shapes:
         raise ValueError(f"case {name!r} has shapes {logits.shape}, {hidden.shape}, {cache.shape}, not {shapes}")
-    return Case(name, tokens, prompt, logits, hidden, cache)
+    return Case(name, tokens, prompt, *(np.array(array) for array in (logits, hidden, cache)))
+
+
+def _tolerance(value: Any) -> float:
+    """A relative error that means something: anything passes a bar of 1, and nothing is compared by NaN."""
+    if not 0.0 < float(value) < 1.0:
+        raise ValueError(f"a tolerance of {value!r}")
+    return float(value)
 
 
 def _array(path: Path) -> npt.NDArray[np.float32]:
+    """Mapped, not read: what a header claims is compared with what was expected before memory is taken for it."""
     try:
-        array = np.load(path, allow_pickle=False)
+        array: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise TrtError(f"{path}: cannot be read ({error}); export the model again.") from None
     if array.dtype != np.float32:
         raise ValueError(f"{path.name} is {array.dtype}, not float32")
-    return np.asarray(array, np.float32)
+    return array

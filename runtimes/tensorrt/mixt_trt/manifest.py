@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
             profiles=tuple(parse_profile(profile) for profile in data["trt"]["profiles"]),
             files={_file_name(name): _text(facts["sha256"]) for name, facts in files.items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise TrtError(f"{path}: {what}; export the model again.") from None
     if GRAPH_FILE not in manifest.files or not manifest.profiles:
@@ -123,6 +123,10 @@ def read_manifest(folder: Path) -> Manifest:
     first, *others = ({name: len(shapes[0]) for name, shapes in p.inputs.items()} for p in manifest.profiles)
     if any(other != first for other in others):
         raise TrtError(f"{path}: its profiles name different inputs; export the model again.")
+    if len(first) < 2 + 2 * manifest.layers:
+        raise TrtError(
+            f"{path}: says {manifest.layers} layers, but its profiles name {len(first)} inputs; export the model again."
+        )
     return manifest
 
 
@@ -203,6 +207,11 @@ def _check_lengths(name: str, inputs: Mapping[str, tuple[Shape, Shape, Shape]]) 
     if past is None or "input_ids" not in inputs or "attention_mask" not in inputs:
         raise TrtError(f"profile {name!r} lacks input_ids, attention_mask or the cache; export the model again.")
     new, total = inputs["input_ids"], inputs["attention_mask"]
+    if (len(new[0]), len(total[0]), len(past[0])) != (2, 2, 4):
+        raise TrtError(
+            f"profile {name!r} contradicts itself: input_ids and attention_mask have two dimensions, the cache has "
+            "four; export the model again."
+        )
     sums = [new[bound][1] + past[bound][2] for bound in range(3)]
     if not (sums[0] <= total[2][1] and total[0][1] <= sums[2] and total[1][1] == sums[1]):
         raise TrtError(

@@ -119,7 +119,7 @@ def read_stamp(folder: Path) -> Stamp:
             engine_bytes=int(data["engine"]["bytes"]),
             engine_sha256=str(data["engine"]["sha256"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TrtError(f"{path}: is no stamp of an engine ({error!r}); build the engine again.") from None
 
 
