@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_commands(folder: Path) -> None:
     lines = [line for line in blocks("sh").splitlines() if line.strip()]
     assert len(lines) >= 9
