@@ -8,6 +8,7 @@ the statistics of one block. On disk: block inputs of the Fisher windows, Grams,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,14 @@ from mixt_export.compression.closed_form import damped, decompose, quadratic_err
 from mixt_export.compression.ranks import Candidate
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.settings import Settings
-from mixt_export.compression.statistics import Gram, InputGroup, input_groups, listening, listening_to_gradients
+from mixt_export.compression.statistics import (
+    Gram,
+    InputGroup,
+    Reached,
+    input_groups,
+    listening,
+    listening_to_gradients,
+)
 from mixt_export.progress import Progress
 
 
@@ -181,6 +189,24 @@ def find_groups(model: BlockwiseModel, layer: nn.Module, index: int, linears: Se
         return ()
     with torch.no_grad():
         return input_groups(layer, linears, lambda: model.run(layer, index, torch.zeros(1, 2, model.hidden)))
+
+
+def group_input(
+    model: BlockwiseModel, layer: nn.Module, index: int, group: InputGroup, hidden: torch.Tensor
+) -> torch.Tensor:
+    """What ``group`` reads when ``layer`` (block ``index`` or its clone) gets ``hidden``: (tokens, features).
+
+    The pass ends there: what comes behind the group is not computed.
+    """
+    caught: list[torch.Tensor] = []
+
+    def hear(_group: int, x: torch.Tensor) -> None:
+        caught.append(x)
+        raise Reached
+
+    with listening(layer, (group,), hear), suppress(Reached):
+        model.run(layer, index, hidden)
+    return caught[0]
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -8,7 +8,6 @@ as soon as the group's input has been seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.closed_form import anchored_target, damped, decompose, quadratic_error
-from mixt_export.compression.profile import batches, find_groups
+from mixt_export.compression.profile import batches, find_groups, group_input
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.settings import Settings
-from mixt_export.compression.statistics import Gram, InputGroup, Reached, listening
+from mixt_export.compression.statistics import Gram, InputGroup
 from mixt_export.progress import Progress
 
 
@@ -80,8 +79,8 @@ class SequentialCompressor:
         """Choose the factors of one group and put their product in the place of the weights of ``replaced``."""
         before, cross, after = (Gram(group.features) for _ in range(3))
         for part in batches(len(original), self.settings.batch):
-            x = self._input(dense, index, group, original[part])
-            shifted = self._input(replaced, index, group, compressed[part])
+            x = group_input(self.model, dense, index, group, original[part])
+            shifted = group_input(self.model, replaced, index, group, compressed[part])
             before.add(x)
             cross.add(x, shifted)
             after.add(shifted)
@@ -110,18 +109,6 @@ class SequentialCompressor:
         self.scratch.put(f"down:{name}", result.down.float().numpy())
         self.tails[name] = float(result.loss[rank:].sum()) * (1.0 if metric is None else 0.5)
         return (result.up @ result.down).float()
-
-    def _input(self, layer: nn.Module, index: int, group: InputGroup, hidden: torch.Tensor) -> torch.Tensor:
-        """What ``group`` reads when ``layer`` gets ``hidden``: (tokens, features)."""
-        caught: list[torch.Tensor] = []
-
-        def hear(_group: int, x: torch.Tensor) -> None:
-            caught.append(x)
-            raise Reached
-
-        with listening(layer, (group,), hear), suppress(Reached):
-            self.model.run(layer, index, hidden)
-        return caught[0]
 
 
 def _output_error(

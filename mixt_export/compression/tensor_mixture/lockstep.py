@@ -9,7 +9,6 @@ one are run once for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +16,8 @@ from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.permutation import GATED_MLP
-from mixt_export.compression.profile import batches, find_groups
-from mixt_export.compression.statistics import InputGroup, Reached, listening
+from mixt_export.compression.profile import batches, find_groups, group_input
+from mixt_export.compression.statistics import InputGroup
 from mixt_export.compression.tensor_mixture.moments import Moments, token_weights
 from mixt_export.compression.tensor_mixture.replacements import Replacement, Solve
 from mixt_export.progress import Progress
@@ -132,7 +131,8 @@ class Lockstep:
     def _mlp_inputs(self, original: nn.Module, index: int, calibration: torch.Tensor) -> Iterator[torch.Tensor]:
         group = InputGroup(GATED_MLP[:1], self.model.hidden)
         return (
-            self._input(original, index, group, calibration[part]) for part in batches(len(calibration), self.batch)
+            group_input(self.model, original, index, group, calibration[part])
+            for part in batches(len(calibration), self.batch)
         )
 
     def _moments(
@@ -151,9 +151,11 @@ class Lockstep:
             for variant in fitted
         }
         for part in batches(len(calibration), self.batch):
-            x = self._input(original, index, group, calibration[part])
+            x = group_input(self.model, original, index, group, calibration[part])
             inputs = {
-                variant: self._input(blocks[variant], index, group, self.variants[variant].calibration[part])
+                variant: group_input(
+                    self.model, blocks[variant], index, group, self.variants[variant].calibration[part]
+                )
                 for variant in fitted
             }
             for name, linear in linears.items():
@@ -162,18 +164,6 @@ class Lockstep:
                 for variant in fitted:
                     found[variant][name].add(wanted, inputs[variant], weights)
         return found
-
-    def _input(self, layer: nn.Module, index: int, group: InputGroup, hidden: torch.Tensor) -> torch.Tensor:
-        """What ``group`` reads when ``layer`` gets ``hidden``: (tokens, features)."""
-        caught: list[torch.Tensor] = []
-
-        def hear(_group: int, x: torch.Tensor) -> None:
-            caught.append(x)
-            raise Reached
-
-        with listening(layer, (group,), hear), suppress(Reached):
-            self.model.run(layer, index, hidden)
-        return caught[0]
 
 
 class _Zero(nn.Module):
