@@ -1,5 +1,7 @@
 """The devices TensorRT folders are made for, as data with sources. Nothing here was measured by this project.
 
+Not every source could be opened when the table was made: check the figures of a row before relying on them.
+
 ``visible`` is what the operating system reports as total memory (on Jetson less than the module's nominal size, because
 firmware and carve-outs take their share); ``reserved`` is what we leave to a headless system. Tensor throughput is
 dense float16, derived on Jetson Orin from NVIDIA's sparse INT8 figures (half for dense, half again for float16).
