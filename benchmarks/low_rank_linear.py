@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import onnx.parser
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.common import interleaved, paired_ratio, publish
+from benchmarks.common import interleaved, paired_ratio, publish, timer
 from mixt_export.resources import resource
 
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096))
@@ -53,13 +52,6 @@ def session(n_in: int, n_out: int, copies: int, rank: int | None) -> ort.Inferen
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options)
-
-
-def timer(model: ort.InferenceSession, x: np.ndarray, repeats: int) -> float:
-    began = time.thread_time()
-    for _ in range(repeats):
-        model.run(None, {"x": x})
-    return (time.thread_time() - began) / repeats
 
 
 def ceilings() -> tuple[float, float]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.common import interleaved, paired_ratio, publish
+from benchmarks.common import interleaved, paired_ratio, publish, timer
 from mixt_export.lower.functions import load_function
 from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape
 from mixt_export.network import build
@@ -70,14 +69,6 @@ def session(form: Form, copies: int, half: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options)
-
-
-def timer(model: ort.InferenceSession, x: np.ndarray, repeats: int) -> float:
-    """Thread CPU seconds of one run."""
-    began = time.thread_time()
-    for _ in range(repeats):
-        model.run(None, {"x": x})
-    return (time.thread_time() - began) / repeats
 
 
 def measure(shape: str, terms: int, rounds: int, half: bool, every: bool) -> dict[str, Any]:

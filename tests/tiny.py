@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+if TYPE_CHECKING:
+    from mixt_export.checkpoints import Checkpoint
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -212,12 +215,8 @@ def write_tiny_low_rank(
     rng = np.random.default_rng(seed)
     source = open_checkpoint(base)
     factors, tensors = {}, []
-    for name, stored in source.store.items():
-        linear = name.removesuffix(".weight")
-        short = linear.rpartition(".")[2]
-        rank = ranks if isinstance(ranks, int) else ranks.get(linear, ranks.get(short, 0))
-        if not any(linear.endswith(known) for known in LINEARS) or name == linear or not rank or not include(linear):
-            continue
+    for linear, rank in _chosen(source, ranks, include):
+        stored = source.store[f"{linear}.weight"]
         out_features, in_features = stored.ref.shape
         kind = dtype or stored.ref.dtype
         bias = source.store[f"{linear}.bias"].ref if f"{linear}.bias" in source.store else None
@@ -229,6 +228,17 @@ def write_tiny_low_rank(
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, source, tensors, factors, {"method": "random low rank", "seed": seed})
     return Path(folder)
+
+
+def _chosen(
+    source: Checkpoint, sizes: Mapping[str, int] | int, include: Callable[[str], bool]
+) -> Iterator[tuple[str, int]]:
+    """Decoder linears of ``source`` that ``sizes`` gives a size above 0 and ``include`` lets through, with the size."""
+    for name in source.store:
+        linear = name.removesuffix(".weight")
+        size = sizes if isinstance(sizes, int) else sizes.get(linear, sizes.get(linear.rpartition(".")[2], 0))
+        if name != linear and size and any(linear.endswith(known) for known in LINEARS) and include(linear):
+            yield linear, size
 
 
 def write_tiny_mixt(
@@ -254,12 +264,8 @@ def write_tiny_mixt(
     rng = np.random.default_rng(seed)
     source = open_checkpoint(base)
     factors, tensors = {}, []
-    for name, stored in source.store.items():
-        linear = name.removesuffix(".weight")
-        short = linear.rpartition(".")[2]
-        count = terms if isinstance(terms, int) else terms.get(linear, terms.get(short, 0))
-        if not any(linear.endswith(known) for known in LINEARS) or name == linear or not count or not include(linear):
-            continue
+    for linear, count in _chosen(source, terms, include):
+        stored = source.store[f"{linear}.weight"]
         out_features, in_features = stored.ref.shape
         kind = dtype or stored.ref.dtype
         bias = source.store[f"{linear}.bias"].ref if f"{linear}.bias" in source.store else None
