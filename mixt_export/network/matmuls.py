@@ -29,7 +29,7 @@ SEQ = "%seq"
 
 Axes = tuple[str, ...]
 
-_LEFT_SUFFIX = 16
+LEFT_SUFFIX = 16
 """Columns from which a left product is taken instead of two transposes and a right one.
 
 Measured on onnxruntime's CPU GEMM, 1 to 128 tokens: at 16 columns the left product is 1.0 to 3 times as fast (tensor
@@ -71,10 +71,11 @@ class Schedule:
         return count + (axes != self.target)
 
 
-def schedule(branch: Branch, order: Order | None = None) -> Schedule:
+def schedule(branch: Branch, order: Order | None = None, left_from: int = LEFT_SUFFIX) -> Schedule:
     """Products for ``branch`` in ``order`` (default: the best), permuting as little of the activation as possible.
 
-    A dynamic programme over the arrangements of the activation. Raises NetworkError as ``best_order``.
+    ``left_from``: columns from which a left product replaces permuting. A dynamic programme over the arrangements of
+    the activation. Raises NetworkError as ``best_order``.
     """
     chosen = best_order(branch) if order is None else order
     sizes = branch.sizes()
@@ -86,7 +87,7 @@ def schedule(branch: Branch, order: Order | None = None) -> Schedule:
         labels = tuple(label for label, size in branch.cores[index].modes() if size > 1)
         reached: dict[Axes, tuple[int, int, tuple[Step, ...]]] = {}
         for axes, (moved, lefts, steps) in found.items():
-            for step in _candidates(index, labels, axes, target, uses, position, sizes):
+            for step in _candidates(index, labels, axes, target, uses, position, sizes, left_from):
                 cost = moved + (_elements(axes, sizes) if step.arranged != axes else 0)
                 candidate = (cost, lefts + (step.form == "left"), (*steps, step))
                 known = reached.get(step.result)
@@ -108,7 +109,14 @@ def _last_uses(branch: Branch, order: Order) -> dict[str, int]:
 
 
 def _candidates(
-    core: int, labels: Axes, axes: Axes, target: Axes, uses: dict[str, int], position: int, sizes: dict[str, int]
+    core: int,
+    labels: Axes,
+    axes: Axes,
+    target: Axes,
+    uses: dict[str, int],
+    position: int,
+    sizes: dict[str, int],
+    left_from: int,
 ) -> Iterator[Step]:
     """Ways to take ``core`` into an activation with ``axes``."""
     batch = tuple(axis for axis in axes if axis in labels and uses[axis] > position)
@@ -137,7 +145,7 @@ def _candidates(
         start = axes.index(summed[0])
         before, after = axes[:start], axes[start + len(summed) :]
         contiguous = axes[start : start + len(summed)] == summed
-        if contiguous and SEQ in before and prod(sizes[label] for label in after) >= _LEFT_SUFFIX:
+        if contiguous and SEQ in before and prod(sizes[label] for label in after) >= left_from:
             yield Step(core, "left", (), summed, fresh, axes, (*before, *fresh, *after))
 
 

@@ -100,10 +100,12 @@ def _search(
     """Dynamic programme over the sets of cores already met. Returns the order and its largest intermediate.
 
     What the activation looks like depends on the set alone, so the cheapest way to reach each set is enough. Labels
-    and sets are bit masks.
+    and sets are bit masks. Nothing is followed that already costs more than the cores in their own order, or reversed.
     """
     masks = [_mask(core) for core in cores]
     source, target = _mask(inputs), _mask(outputs)
+    forwards = tuple(range(len(cores)))
+    bound, simple = min((_cost(order, source, target, masks, sizes), order) for order in (forwards, forwards[::-1]))
     layer: dict[int, tuple[int, int, Order]] = {0: (0, _size(source, sizes), ())}
     for _ in cores:
         reached: dict[int, tuple[int, int, Order]] = {}
@@ -112,14 +114,29 @@ def _search(
             for index, mask in enumerate(masks):
                 if met >> index & 1:
                     continue
+                total = cost + _size(state | mask, sizes)
+                if total > bound:
+                    continue
                 after = met | 1 << index
                 left = _size(_state(after, source, target, masks), sizes)
-                candidate = (cost + _size(state | mask, sizes), max(peak, left), (*order, index))
+                candidate = (total, max(peak, left), (*order, index))
                 if after not in reached or candidate < reached[after]:
                     reached[after] = candidate
         layer = dict(sorted(reached.items(), key=lambda item: item[1])[:_WIDTH])
+    if not layer:  # beyond 12 cores the beam may lose every way to stay below the bound
+        sets = [sum(1 << index for index in simple[:count]) for count in range(len(cores) + 1)]
+        return simple, max(_size(_state(some, source, target, masks), sizes) for some in sets)
     _, peak, order = layer[(1 << len(cores)) - 1]
     return order, peak
+
+
+def _cost(order: Order, source: int, target: int, masks: list[int], sizes: tuple[int, ...]) -> int:
+    """Multiply-adds per token of one order."""
+    met = total = 0
+    for index in order:
+        total += _size(_state(met, source, target, masks) | masks[index], sizes)
+        met |= 1 << index
+    return total
 
 
 def _mask(labels: tuple[int, ...]) -> int:

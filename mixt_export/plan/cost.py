@@ -1,52 +1,175 @@
-"""What a form costs on a device: arithmetic, reading weights, moving activations, starting operators.
+"""What a form costs on a device: every operator's work by kind, times the device's seconds per unit.
 
-The constants are data. Those of the CPU were fitted to ONNX Runtime 1.31, one thread of a Xeon with AVX-512: how many
-times faster than dense every form was, N = 2 … 5 terms, 576x192 to 4096x11008, 1, 16 and 128 rows (774 ratios; see
-benchmarks/mixt_linear.py). Taking the sum of arithmetic and reading instead of the larger of the two halves the error;
-products from the right are predicted within 10 % (root mean square). Only ratios were fitted: ``flops`` sets the unit.
+The model is linear in the device's constants, so that measurements of single operators determine them by least squares
+(`calibration.fit`). A matrix product of m rows, k inner and n columns is what MLAS, ONNX Runtime's CPU library, makes
+of it: tiles of a few rows times `Device.tile` columns, the right-hand matrix in panels of tiles. Where that matrix is a
+weight known ahead (``right``) the panels are packed once and only stream; where it is an activation (``left``) or a
+stack of weights (``batched``) they are packed in every run, unless the product has a single row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from mixt_export.plan.forms import Form
+from mixt_export.plan.devices import CPU, NUMBER, Device
+from mixt_export.plan.gpu import Gpu
+from mixt_export.plan.operations import Kind, Operation
 
+if TYPE_CHECKING:
+    from mixt_export.plan.forms import Form
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Constants of one execution thread. Rates are per second."""
-
-    name: str
-    flops: float
-    """Floating-point operations of matrix products (one multiply-add is two)."""
-    bandwidth: float
-    """Bytes of weights read from memory."""
-    left: float
-    """Share of that bandwidth that a weight on the left of a product reaches: the runtime does not prepack it."""
-    movement: float
-    """Bytes of activations read and written by transposes, sums and padding, while an activation fits ``cache``."""
-    far: float
-    """The same for larger activations."""
-    cache: int
-    """Bytes of an activation up to which it stays near."""
-    node: float
-    """Seconds to start one operator."""
+__all__ = ["CPU", "Device", "amounts", "operation_seconds", "seconds"]
 
 
-CPU = Device("cpu", flops=78e9, bandwidth=18e9, left=0.45, movement=15e9, far=7e9, cache=1_500_000, node=1e-6)
+def seconds(form: Form, rows: int, device: Device | Gpu = CPU) -> float:
+    """Predicted time of ``form`` for ``rows`` tokens in one run."""
+    if isinstance(device, Gpu):
+        return device.seconds(form.operations, rows)
+    total = 0.0
+    for operation, before, after in _neighbours(form.operations):
+        if _absorbed(operation, after):
+            continue
+        if before is not None and _absorbed(before, operation):
+            total += _priced(_transposed_right(operation, rows, device), device)
+        else:
+            total += operation_seconds(operation, rows, device)
+    return total
 
-_ITEM = 4
-"""Bytes of an activation and of a weight in use: the CPU computes in float32 whatever the graph's dtype."""
+
+def operation_seconds(operation: Operation, tokens: int, device: Device = CPU) -> float:
+    """Predicted time of one operator for ``tokens`` tokens."""
+    return _priced(amounts(operation, tokens, device), device)
 
 
-def seconds(form: Form, rows: int, device: Device = CPU) -> float:
-    """Predicted time of ``form`` for ``rows`` tokens with float32 weights."""
-    bandwidth = device.bandwidth * (device.left if form.layout == "left" else 1.0)
-    products = 2 * form.macs * rows / device.flops + _ITEM * form.elements / bandwidth
-    moved = 2 * form.transposed_features + 3 * (len(form.windows) - 1) * form.out_features
-    if form.padded:
-        moved += sum(form.in_features + window.in_size + window.out_size + form.out_features for window in form.windows)
-    near = _ITEM * rows * max(form.in_features, form.out_features) <= device.cache
-    rate = device.movement if near else device.far
-    return products + _ITEM * moved * rows / rate + form.nodes * device.node
+def amounts(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    """How much of each constant of `Device` the operator takes, by the constant's name."""
+    found = {"node": 1.0, **_WORK[operation.kind](operation, tokens, device)}
+    return {name: amount for name, amount in found.items() if amount}
+
+
+def _priced(found: Mapping[str, float], device: Device) -> float:
+    return sum(amount * float(getattr(device, name)) for name, amount in found.items())
+
+
+def _neighbours(
+    operations: Sequence[Operation],
+) -> Iterator[tuple[Operation, Operation | None, Operation | None]]:
+    """Every operation with the one before and the one after it."""
+    return zip(operations, (None, *operations[:-1]), (*operations[1:], None), strict=True)
+
+
+def _absorbed(operation: Operation, after: Operation | None) -> bool:
+    """Whether ONNX Runtime makes a permutation part of the product behind it (MatmulTransposeFusion)."""
+    return operation.kind == "transpose" and not operation.inner and after is not None and after.kind == "right"
+
+
+def _transposed_right(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    """A product whose activation comes transposed: each token has a product, and a pass over the weight, of its own."""
+    rows, inner, columns = operation.rows, operation.inner, operation.columns
+    panels = tokens * inner * _tiles(columns, device)
+    return {
+        "node": 1.0,
+        **_kernel(tokens, rows, inner, columns, device),
+        **_far("read", tokens * rows * inner, device),
+        "call": tokens,
+        "stream": inner * _tiles(columns, device),
+        "pack": panels,
+    }
+
+
+def _right(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    rows, inner, columns = tokens * operation.rows, operation.inner, operation.columns
+    return {
+        **_kernel(1, rows, inner, columns, device),
+        **_far("read", rows * inner, device),
+        "stream": inner * _tiles(columns, device),
+    }
+
+
+def _left(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    folded = operation.tokens == "rows"
+    calls = operation.batch * (1 if folded else tokens)
+    columns = operation.rows * (tokens if folded else 1)
+    rows, inner = operation.columns, operation.inner
+    packed = _far("pack", calls * inner * columns, device)
+    padding = _tiles(columns, device) / columns
+    return {
+        **_kernel(calls, rows, inner, columns, device),
+        **{name: amount * padding for name, amount in packed.items()},
+        "call": calls,
+        "stream": operation.weights,
+    }
+
+
+def _batched(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    calls, rows, inner, columns = operation.batch, tokens * operation.rows, operation.inner, operation.columns
+    return {
+        **_kernel(calls, rows, inner, columns, device),
+        **_far("read", calls * rows * inner, device),
+        "call": calls,
+        "stack" if rows == 1 else "stack_packed": calls * inner * _tiles(columns, device),
+    }
+
+
+def _kernel(calls: int, rows: int, inner: int, columns: int, device: Device) -> dict[str, float]:
+    """``calls`` products (rows, inner) x (inner, columns) of matrices in reach."""
+    panels = calls * inner * _tiles(columns, device)
+    return {
+        "mac": rows * panels,
+        "row": calls * rows,
+        **_far("write", calls * rows * columns, device),
+    }
+
+
+def _transpose(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    numbers = tokens * operation.moved
+    blocks = numbers / 2 / operation.inner if operation.inner else 0.0
+    return {"scatter" if operation.inner == 1 else "block": blocks, **_far("transpose", numbers, device)}
+
+
+def _moving(name: str) -> Callable[[Operation, int, Device], dict[str, float]]:
+    def work(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+        return _far(name, tokens * operation.moved, device)
+
+    return work
+
+
+def _sparse(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    return {"gather": tokens * operation.weights, **_far("move", tokens * operation.moved, device)}
+
+
+def _fused(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
+    return {
+        "mac": tokens * operation.macs,
+        "stream": operation.weights,
+        **_far("move", tokens * operation.moved, device),
+    }
+
+
+def _nothing(_operation: Operation, _tokens: int, _device: Device) -> dict[str, float]:
+    return {}
+
+
+_WORK: Mapping[Kind, Callable[[Operation, int, Device], dict[str, float]]] = {
+    "right": _right,
+    "left": _left,
+    "batched": _batched,
+    "transpose": _transpose,
+    "elementwise": _moving("move"),
+    "pad": _moving("move"),
+    "reshape": _nothing,
+    "sparse": _sparse,
+    "fused": _fused,
+}
+
+
+def _tiles(columns: int, device: Device) -> int:
+    """``columns`` rounded up to whole tiles."""
+    return -(-columns // device.tile) * device.tile
+
+
+def _far(name: str, numbers: float, device: Device) -> dict[str, float]:
+    """``numbers`` of one activation, those beyond the cache apart."""
+    near = min(numbers, device.cache / NUMBER)
+    return {name: near, f"{name}_far": numbers - near}

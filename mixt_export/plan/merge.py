@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mixt_export.plan.forms import Window
 from mixt_export.plan.mixture import Load, Mixture
+from mixt_export.plan.windows import Window
 
 
 def merged(mixture: Mixture, window: Window, load: Load) -> np.ndarray[Any, Any]:

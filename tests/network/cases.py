@@ -102,9 +102,26 @@ def blast_matrix(name: str, values: Values) -> np.ndarray:
 
 def heads_matrix(shared: str, projection: str, values: Values) -> np.ndarray:
     u1, g, u2, u3 = (values[f"{shared}.{part}"] for part in ("u1", "core", "u2", f"u3.{projection}"))
-    heads = [u1 @ sum(u3[s] * g[head, :, :, s] for s in range(len(u3))) @ u2.T for head in range(len(g))]
+    heads = [u1 @ sum(u3[s] * g[:, head, :, s] for s in range(len(u3))) @ u2.T for head in range(g.shape[1])]
     stacked = np.concatenate(heads, axis=1)
     return stacked if projection == "o" else stacked.T
+
+
+def grouped_heads_matrix(shared: str, projection: str, values: Values) -> np.ndarray:
+    """Query heads in groups: head h·r + j has row j of U3 and the core of kv head h."""
+    u1, g, u2, u3 = (values[f"{shared}.{part}"] for part in ("u1", "core", "u2", f"u3.{projection}"))
+    rows = u3 if u3.ndim == 2 else u3[None]
+    heads = [u1 @ np.tensordot(g[:, head], row, axes=([2], [0])) @ u2.T for head in range(g.shape[1]) for row in rows]
+    stacked = np.concatenate(heads, axis=1)
+    return stacked if projection == "o" else stacked.T
+
+
+def own_core_heads_matrix(shared: str, projection: str, values: Values) -> np.ndarray:
+    """Without U2 and U3: each head a block of columns of U1 times the projection's own core."""
+    u1, core = values[f"{shared}.u1"], values[f"{shared}.core.{projection}"]
+    if projection == "o":
+        return u1 @ core.reshape(-1, u1.shape[1]).T
+    return (u1 @ core.reshape(u1.shape[1], -1)).T
 
 
 def with_coordinates(name: str, values: Values, matrix: np.ndarray) -> np.ndarray:
@@ -169,6 +186,20 @@ CASES = [
     Case(
         build.tucker_heads("heads.o", "o", 21, 3, 5, (4, 3, 2), shared="heads"),
         lambda v: heads_matrix("heads", "o", v),
+    ),
+    *(
+        Case(
+            build.tucker_heads(f"gqa.{side}", side, 21, 6, 5, (4, 3, 5), shared="gqa", kv_heads=2),
+            lambda v, side=side: grouped_heads_matrix("gqa", side, v),
+        )
+        for side in "qko"
+    ),
+    *(
+        Case(
+            build.tucker_heads(f"own.{side}", side, 21, 6, 5, (4, None, None), shared="own", kv_heads=2),
+            lambda v, side=side: own_core_heads_matrix("own", side, v),
+        )
+        for side in "qvo"
     ),
     _mixt("mixt", 24, 40, 4),
     _mixt("mixt_one", 24, 11, 1),

@@ -177,6 +177,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: build.tucker_heads("l", "q", 8, 2, 4, (2, 2), shared="s"),  # type: ignore[arg-type]
         "'l': expected three ranks",
     ),
+    "kv heads that do not divide": (
+        lambda: build.tucker_heads("l", "q", 8, 3, 4, (2, 2, 2), shared="s", kv_heads=2),
+        "'l': expected kv heads that divide 3 heads, found 2",
+    ),
     "features that spectators do not divide": (
         lambda: build.mixt("l", 12, 12, 4),
         r"'l': expected features that 2\^3 = 8 divides, found in 12 and out 12; take fewer terms",

@@ -8,7 +8,7 @@ import pytest
 from mixt_export.errors import UsageError
 from mixt_export.network import build
 from mixt_export.plan import OBJECTIVES, FormPlan, choose_forms
-from mixt_export.plan.choose import SLOWER
+from mixt_export.plan.objectives import SLOWER
 
 
 def decoder(hidden: int, kv: int, ffn: int, terms: int, layers: int = 4) -> list:
@@ -36,7 +36,7 @@ def test_limits(sizes: tuple[int, int, int], objective: str, terms: int) -> None
     assert plan.planned_elements <= (plan.stored_elements if objective == "memory" else half)
     assert plan.stored_elements * 2 ** (2 * terms - 2) == plan.dense_elements * terms
     assert not all(choice.form.dense for choice in plan.choices.values())
-    assert all(choice.reason.count(":") >= 1 and len(choice.reason) < 180 for choice in plan.choices.values())
+    assert all(choice.reason.count(":") >= 1 and len(choice.reason) < 200 for choice in plan.choices.values())
 
 
 def test_four_terms_are_merged_in_pairs() -> None:
@@ -75,9 +75,7 @@ def test_terms_that_share_a_core_count_it_once() -> None:
     assert plan.choices["linear"].form.partition == (1, 1, 1)
 
 
-def test_others_are_left_out() -> None:
-    plan = choose_forms([build.low_rank("low", 64, 64, 4), build.mixt("mixture", 64, 64, 3)])
-    assert list(plan.choices) == ["mixture"]
+def test_nothing_to_choose() -> None:
     assert choose_forms([]).planned_elements == 0
 
 
@@ -95,7 +93,7 @@ def test_overrides() -> None:
     [
         ("speed", [], "--optimize-for speed: is none of balanced, decode, prefill, memory"),
         ("balanced", [("q(", "pairs")], "expression is invalid"),
-        ("balanced", [("lm_head", "pairs")], "no MixT linear of the model matches"),
+        ("balanced", [("lm_head", "pairs")], "no factorised linear of the model matches"),
         ("balanced", [("q", "triples")], "has no such form; it has branches, "),
     ],
 )

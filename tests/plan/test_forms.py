@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mixt_export.network import Branch, Core, FactorizedLinear, TensorRef, build, macs
-from mixt_export.plan import Form, Mixture, mixt_forms
+from mixt_export.plan import MixtForm, Mixture, mixt_forms
 from mixt_export.plan.merge import merged
 from tests.plan.oracle import CASES, case
 
 
-def matrix_of(form: Form, mixture: Mixture, cores: dict[str, np.ndarray]) -> np.ndarray:
+def matrix_of(form: MixtForm, mixture: Mixture, cores: dict[str, np.ndarray]) -> np.ndarray:
     """The matrix that ``form`` executes, features beyond those of the linear cut off."""
     total = np.zeros((form.out_features, form.in_features))
     for window in form.windows:

@@ -59,8 +59,8 @@ def tucker2(
     name: str,
     in_features: int,
     out_features: int,
-    in_rank: int,
-    out_rank: int,
+    in_rank: int | None,
+    out_rank: int | None,
     *,
     dtype: str = "float32",
     bias: bool = False,
@@ -70,18 +70,22 @@ def tucker2(
     """Three cores (in, in_rank), (in_rank, out_rank), (out_rank, out): the Tucker form of a matrix.
 
     With the outer two shared by name it is TD-MoE's expert or the stacked gate and up of TT-LLM (arXiv:2606.03465).
+    A rank that is None stands for a side without a factor: the middle core has the features themselves.
     """
-    require_sizes(name, in_features=in_features, out_features=out_features, in_rank=in_rank, out_rank=out_rank)
-    first, middle, last = core_names(name, 3, names)
-    branch = Branch(
-        (("i", in_features),),
-        (("o", out_features),),
-        (
-            Core(TensorRef(first, (in_features, in_rank), dtype), ("i", "c")),
-            Core(TensorRef(middle, (in_rank, out_rank), dtype), ("c", "b")),
-            Core(TensorRef(last, (out_rank, out_features), dtype), ("b", "o")),
-        ),
+    given = [rank for rank in (in_rank, out_rank) if rank is not None]
+    require_sizes(name, in_features=in_features, out_features=out_features, ranks=given)
+    inner = ("i", in_features) if in_rank is None else ("c", in_rank)
+    outer = ("o", out_features) if out_rank is None else ("b", out_rank)
+    modes = [(inner, outer)]
+    if in_rank is not None:
+        modes.insert(0, (("i", in_features), inner))
+    if out_rank is not None:
+        modes.append((outer, ("o", out_features)))
+    cores = tuple(
+        Core(TensorRef(core, (first[1], second[1]), dtype), (first[0], second[0]))
+        for core, (first, second) in zip(core_names(name, len(modes), names), modes, strict=True)
     )
+    branch = Branch((("i", in_features),), (("o", out_features),), cores)
     return single(name, branch, dtype=dtype, bias=bias, method=method)
 
 
