@@ -13,6 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tests import tiny_families
+
 if TYPE_CHECKING:
     from mixt_export.checkpoints import Checkpoint
 
@@ -53,6 +55,9 @@ def tiny_config(
     model_type: str = "llama", *, tied: bool = True, dtype: str = "float32", **overrides: Any
 ) -> dict[str, Any]:
     """config.json of a tiny model; ``overrides`` replace or add keys."""
+    if model_type in tiny_families.CONFIGS:
+        own = {"model_type": model_type, "tie_word_embeddings": tied and model_type != "gptj", "torch_dtype": dtype}
+        return {**tiny_families.CONFIGS[model_type], **own, **overrides}
     return {
         "model_type": model_type,
         "hidden_size": 48,
@@ -80,6 +85,8 @@ def tiny_config(
 
 def tiny_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model that ``config`` describes, as transformers names them."""
+    if config["model_type"] in tiny_families.CONFIGS:
+        return tiny_families.family_shapes(config)
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -115,18 +122,22 @@ def tiny_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def tiny_tensors(config: Mapping[str, Any], dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors: norms near 1, linears of spectral size ~1, a head that spreads the logits over several units."""
+    from mixt_export.families import decoder_of
+
     rng = np.random.default_rng(seed)
+    linears = decoder_of(config).linears
+    transposed = {f"{linear.name}.weight" for linear in linears if linear.stored_transposed}
     tensors = {}
     for name, shape in tiny_shapes(config).items():
         noise = rng.standard_normal(shape)
-        if name.endswith("norm.weight"):
-            value = 1.0 + 0.2 * noise
+        if len(shape) == 1 and name.endswith(".weight"):
+            value = 0.2 * noise if config["model_type"].startswith("gemma") else 1.0 + 0.2 * noise
         elif name.endswith(".bias"):
             value = 0.3 * noise
-        elif "embed_tokens" in name or name == "lm_head.weight":
+        elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")):
             value = 0.4 * noise
         else:
-            value = 1.3 * noise / np.sqrt(shape[1])
+            value = 1.3 * noise / np.sqrt(shape[0] if name in transposed else shape[1])
         tensors[name] = np.ascontiguousarray(value.astype(DTYPES[dtype]))
     return tensors
 
@@ -167,7 +178,8 @@ def write_tiny(
 ) -> Path:
     """Write a tiny random dense folder and return it: hidden 48, 3 layers, 4 heads and 2 KV heads of 16, vocab 300.
 
-    ``model_type``: llama, mistral, qwen2 (attention biases) or qwen3 (q_norm and k_norm, explicit head_dim).
+    ``model_type``: llama, mistral, qwen2 (attention biases), qwen3 (q_norm and k_norm, explicit head_dim), or one of
+    tests/tiny_families.py.
     ``dtype``: float32, float16 or bfloat16. ``shards`` > 1 writes model-0000x-of-0000n.safetensors and their index.
     """
     folder = Path(folder)
@@ -215,10 +227,8 @@ def write_tiny_low_rank(
     rng = np.random.default_rng(seed)
     source = open_checkpoint(base)
     factors, tensors = {}, []
-    for linear, rank in _chosen(source, ranks, include):
-        stored = source.store[f"{linear}.weight"]
-        out_features, in_features = stored.ref.shape
-        kind = dtype or stored.ref.dtype
+    for linear, in_features, out_features, rank in _chosen(source, ranks, include):
+        kind = dtype or source.store[f"{linear}.weight"].ref.dtype
         bias = source.store[f"{linear}.bias"].ref if f"{linear}.bias" in source.store else None
         factors[linear] = replace(build.low_rank(linear, in_features, out_features, rank, dtype=kind), bias=bias)
         core0 = (rng.standard_normal((in_features, rank)) / np.sqrt(in_features)).astype(DTYPES[kind])
@@ -232,13 +242,22 @@ def write_tiny_low_rank(
 
 def _chosen(
     source: Checkpoint, sizes: Mapping[str, int] | int, include: Callable[[str], bool]
-) -> Iterator[tuple[str, int]]:
-    """Decoder linears of ``source`` that ``sizes`` gives a size above 0 and ``include`` lets through, with the size."""
+) -> Iterator[tuple[str, int, int, int]]:
+    """Decoder linears of ``source`` that ``sizes`` gives a size above 0 and ``include`` lets through.
+
+    Yields name, in features, out features, the size.
+    """
+    from mixt_export.families import decoder_of
+
+    linears = {linear.name: linear for block in decoder_of(source.config).blocks for linear in block.linears}
     for name in source.store:
-        linear = name.removesuffix(".weight")
-        size = sizes if isinstance(sizes, int) else sizes.get(linear, sizes.get(linear.rpartition(".")[2], 0))
-        if name != linear and size and any(linear.endswith(known) for known in LINEARS) and include(linear):
-            yield linear, size
+        linear = linears.get(name.removesuffix(".weight"))
+        if linear is None or name == linear.name:
+            continue
+        last = linear.name.rpartition(".")[2]
+        size = sizes if isinstance(sizes, int) else sizes.get(linear.name, sizes.get(last, 0))
+        if size and include(linear.name):
+            yield linear.name, linear.in_features, linear.out_features, size
 
 
 def write_tiny_mixt(
@@ -264,10 +283,8 @@ def write_tiny_mixt(
     rng = np.random.default_rng(seed)
     source = open_checkpoint(base)
     factors, tensors = {}, []
-    for linear, count in _chosen(source, terms, include):
-        stored = source.store[f"{linear}.weight"]
-        out_features, in_features = stored.ref.shape
-        kind = dtype or stored.ref.dtype
+    for linear, in_features, out_features, count in _chosen(source, terms, include):
+        kind = dtype or source.store[f"{linear}.weight"].ref.dtype
         bias = source.store[f"{linear}.bias"].ref if f"{linear}.bias" in source.store else None
         mixture = build.mixt(
             linear, in_features, out_features, count, bond=bond, paper_padding=paper_padding, dtype=kind

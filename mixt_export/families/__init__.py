@@ -11,10 +11,26 @@ from mixt_export.families.wiring import Decoder
 
 #: config.json's model_type -> module with `decoder(config) -> Decoder`.
 FAMILIES = {
+    "gemma": "mixt_export.families.gemma",
+    "gemma2": "mixt_export.families.gemma2",
+    "gemma3_text": "mixt_export.families.gemma3",
+    "gpt2": "mixt_export.families.gpt2",
+    "gptj": "mixt_export.families.gptj",
+    "granite": "mixt_export.families.granite",
     "llama": "mixt_export.families.llama",
     "mistral": "mixt_export.families.mistral",
+    "olmo2": "mixt_export.families.olmo2",
+    "phi3": "mixt_export.families.phi3",
     "qwen2": "mixt_export.families.qwen2",
     "qwen3": "mixt_export.families.qwen3",
+    "qwen3_moe": "mixt_export.families.qwen3_moe",
+    "smollm3": "mixt_export.families.smollm3",
+    "starcoder2": "mixt_export.families.starcoder2",
+}
+
+#: model_type -> what to do about a folder of that type, which holds more than a decoder.
+_REFUSED = {
+    "gemma3": "it is text and vision in one; save its language model alone, as a Gemma3ForCausalLM (gemma3_text)",
 }
 
 __all__ = ["FAMILIES", "Decoder", "decoder_of"]
@@ -29,6 +45,8 @@ def decoder_of(config: Mapping[str, Any], num_layers: int | None = None) -> Deco
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError("config.json: model_type is missing; this is not a Hugging Face model folder.")
+    if model_type in _REFUSED:
+        raise UnsupportedError(f"config.json: model_type {model_type!r} is not supported: {_REFUSED[model_type]}.")
     if model_type not in FAMILIES:
         raise UnsupportedError(
             f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."

@@ -52,3 +52,31 @@ def expect(config: Config, key: str, allowed: tuple[Any, ...]) -> None:
     value = config.get(key, allowed[0])
     if value not in allowed:
         raise UnsupportedError(f"config.json: {key} = {value!r} is not supported; supported is {allowed[0]!r}.")
+
+
+#: transformers' names of activations -> keys of lower.mlp.activations.ACTIVATIONS.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def activation(config: Config, key: str, default: str) -> str:
+    """Activation as the wiring names it. Raises UnsupportedError for one without a rule here."""
+    name = config.get(key)
+    if name is None:
+        name = default
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UnsupportedError(f"config.json: {key} = {name!r} is not supported; supported are {known}.")
+    return _ACTIVATIONS[name]
+
+
+def optional_number(config: Config, key: str, default: float | None = None) -> float | None:
+    """A positive finite number, or None where the key is null; ``default`` where it is missing."""
+    return None if key in config and config[key] is None else number(config, key) if key in config else default

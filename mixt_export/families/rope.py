@@ -24,24 +24,42 @@ _Frequencies = tuple[NDArray[np.float32], float]
 _F = np.float32
 
 
-def read_rope(config: Config, head_dim: int) -> Rope:
+def read_rope(config: Config, head_dim: int, *, partial: bool = False, default_theta: float = 10000.0) -> Rope:
     """Rope of ``config``, in the old (rope_theta + rope_scaling) or the new (rope_parameters) spelling.
 
-    Raises UnsupportedError for a rope_type without a rule here.
+    ``partial``: the family reads partial_rotary_factor. Raises UnsupportedError for a rope_type without a rule here.
     """
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(nested, Mapping):
         raise CheckpointError("config.json: rope_scaling must be an object or null.")
+    factor = nested.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial:
+        whole = nested if "partial_rotary_factor" in nested else config
+        factor = number(whole, "partial_rotary_factor", 1.0)
+    elif factor != 1.0:
+        raise UnsupportedError("config.json: partial_rotary_factor other than 1 is not supported.")
+    rotary_dim = int(head_dim * factor)
+    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor {factor:g} makes {rotary_dim} of {head_dim} features rotate; it must "
+            "be an even number of them."
+        )
+    theta = number(nested if "rope_theta" in nested else config, "rope_theta", default_theta)
+    return rope_of(nested, config, rotary_dim, theta)
+
+
+def rope_of(nested: Mapping[str, Any], config: Config, rotary_dim: int, theta: float) -> Rope:
+    """The rope whose scaling rule ``nested`` holds; ``config`` gives the context where the rule leaves it out.
+
+    Raises UnsupportedError for a rope_type without a rule here.
+    """
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind not in RULES:
         raise UnsupportedError(
             f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(sorted(RULES))}."
         )
-    if nested.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedError("config.json: partial_rotary_factor other than 1 is not supported.")
-    theta = number(nested if "rope_theta" in nested else config, "rope_theta", 10000.0)
     parameters = _PARAMETERS[kind](nested, config)
-    return Rope(theta=theta, rotary_dim=head_dim, kind=kind, parameters=tuple(sorted(parameters.items())))
+    return Rope(theta=theta, rotary_dim=rotary_dim, kind=kind, parameters=tuple(sorted(parameters.items())))
 
 
 def cos_sin_tables(rope: Rope, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

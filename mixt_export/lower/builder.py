@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from mixt_export.errors import MixtError
 
 Dim = int | str
 IR_VERSION = 10
@@ -49,8 +52,17 @@ class GraphBuilder:
         return self._initializers[name]
 
     def constant(self, array: np.ndarray[Any, Any], name: str) -> ir.Value:
-        """A small constant stored in the model file itself."""
-        return self.initializer(ir.tensor(array, name=f"/constants/{name}"))
+        """A small constant stored in the model file itself; a name stands for one value throughout the graph.
+
+        Raises MixtError (internal error) when ``name`` already stands for another value.
+        """
+        known = self._initializers.get(f"/constants/{name}")
+        if known is None:
+            return self.initializer(ir.tensor(array, name=f"/constants/{name}"))
+        assert known.const_value is not None  # this method gives every constant its value
+        if not np.array_equal(known.const_value.numpy(), array):
+            raise MixtError(f"the constant {name!r} stands for two values in one graph. Please report this.")
+        return known
 
     def op(
         self,
@@ -86,6 +98,16 @@ class GraphBuilder:
         node = ir.node(op_type, list(inputs), attributes=attributes, domain=domain, name=name, outputs=values)
         self._nodes.append(node)
         return values
+
+    @contextmanager
+    def body(self) -> Iterator[list[ir.Node]]:
+        """While open, nodes go into the list it gives: of a Loop's body or an If's branch, which may read outside."""
+        outside, inside = self._nodes, list[ir.Node]()
+        self._nodes = inside
+        try:
+            yield inside
+        finally:
+            self._nodes = outside
 
     def function(self, function: ir.Function) -> None:
         """Carry ``function`` in the model, once."""

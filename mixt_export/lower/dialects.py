@@ -18,7 +18,8 @@ class Dialect:
     ``norm``: form of the RMS norm, a key of norms.NORMS. ``typed``: every change of dtype is a Cast, values are of
     ``elements`` only, and islands of float32 are possible (TensorRT's strong typing). ``remedies``: operator -> what to
     do where it turns up and is not allowed. ``unread``: operator -> attributes that TensorRT refuses, or may
-    not read in its older versions.
+    not read in its older versions. ``kernels``: linears may be one node for a compiled kernel,
+    which plugins of TensorRT 10.9 and later can launch.
     """
 
     name: str
@@ -32,26 +33,31 @@ class Dialect:
     elements: frozenset[ir.DataType] | None = None
     remedies: Mapping[str, str] = field(default_factory=dict)
     unread: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    kernels: bool = False
 
 
 # fmt: off
 _STANDARD = frozenset({
-    "Add", "And", "Cast", "CastLike", "Concat", "Constant", "CumSum", "Equal",
-    "Expand", "Gather", "GatherND", "Gemm", "Identity", "Less", "LessOrEqual", "MatMul",
-    "Max", "Min", "Mul", "Or", "Pad", "RMSNormalization", "Range", "ReduceSum",
-    "Reshape", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Transpose",
+    "Add", "And", "Cast", "CastLike", "Concat", "Constant", "CumSum", "Div", "Einsum", "Equal",
+    "Expand", "Gather", "GatherND", "Gelu", "Gemm", "Identity", "If", "LayerNormalization", "Less", "LessOrEqual",
+    "MatMul", "Max", "Min", "Mul", "Not", "Or", "Pad", "RMSNormalization", "Range", "ReduceSum", "Relu",
+    "Reshape", "Shape", "Sigmoid", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose",
     "Unsqueeze",
 })
 
 #: Standard operators up to opset 20 that every TensorRT since 10.0 parses (onnx-tensorrt, docs/operators.md) and that a
-#: lowering may use. Not among them: CumSum and the reductions of integers, which 10.3 does not have.
+#: lowering may use. Not among them: CumSum and the reductions of integers, which 10.3 does not have, and Gelu, which
+#: its parser's list of operators lacks.
 _TRT_BASIC = frozenset({
-    "Add", "And", "Cast", "CastLike", "Concat", "Constant", "Div", "Einsum", "Equal", "Expand", "Gather", "Gemm",
-    "Identity", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Or", "Pad", "Range", "ReduceMean", "ReduceSum",
-    "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
-    "Where",
+    "Add", "And", "Cast", "CastLike", "Concat", "Constant", "Div", "Einsum", "Equal", "Erf", "Expand", "Gather", "Gemm",
+    "Identity", "If", "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Max", "Min", "Mul", "Or", "Pad", "Range",
+    "ReduceMean", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze",
+    "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 })
 # fmt: on
+
+#: What routing to experts takes besides; all of them in onnx-tensorrt's list since 10.0 (Loop with a trip count).
+_EXPERTS = frozenset({"Div", "GatherElements", "ScatterElements", "Softmax", "TopK"})
 
 _TRT_ELEMENTS = frozenset(
     getattr(ir.DataType, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL")
@@ -77,7 +83,7 @@ DIALECTS = {
         Dialect(
             name="portable",
             opset=23,
-            operators={"": _STANDARD | {"Attention", "RotaryEmbedding"}, MIXT_DOMAIN: frozenset("*")},
+            operators={"": _STANDARD | _EXPERTS | {"Attention", "RotaryEmbedding"}, MIXT_DOMAIN: frozenset("*")},
             padding="left",
             shared_buffer=False,
         ),
@@ -85,7 +91,7 @@ DIALECTS = {
             name="ort",
             opset=23,
             operators={
-                "": _STANDARD,
+                "": _STANDARD | _EXPERTS | {"Attention"},
                 MICROSOFT_DOMAIN: frozenset(["GroupQueryAttention", "FusedMatMul"]),
                 MIXT_DOMAIN: frozenset("*"),
             },
@@ -95,7 +101,7 @@ DIALECTS = {
         Dialect(
             name="trt10",
             opset=20,
-            operators={"": _TRT_BASIC, MIXT_DOMAIN: frozenset("*")},
+            operators={"": _TRT_BASIC | _EXPERTS | {"Loop"}, MIXT_DOMAIN: frozenset("*")},
             padding="left",
             shared_buffer=False,
             norm="decomposed",
@@ -109,7 +115,7 @@ DIALECTS = {
             name="trt11",
             opset=23,
             operators={
-                "": _TRT_BASIC | {"Attention", "RotaryEmbedding", "RMSNormalization"},
+                "": _TRT_BASIC | _EXPERTS | {"Loop", "Attention", "RotaryEmbedding", "RMSNormalization"},
                 MIXT_DOMAIN: frozenset("*"),
             },
             padding="left",
@@ -119,6 +125,7 @@ DIALECTS = {
             elements=_TRT_ELEMENTS,
             remedies=_TRT_REMEDIES,
             unread=_NEW_ATTRIBUTES | _ATTENTION_ATTRIBUTES,
+            kernels=True,
         ),
     )
 }

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import onnx_ir as ir
 
-from mixt_export.errors import CheckpointError, UnsupportedError
+from mixt_export.errors import CheckpointError
 from mixt_export.families.wiring import Linear
-from mixt_export.lower.builder import MICROSOFT_DOMAIN, MIXT_DOMAIN, Dim, GraphBuilder
-from mixt_export.lower.functions import load_function
-from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape, window_weight
-from mixt_export.lower.network_function import function_for
+from mixt_export.lower.builder import MICROSOFT_DOMAIN, Dim, GraphBuilder
+from mixt_export.lower.factors import lower_form
+from mixt_export.lower.variants import lower_variants
 from mixt_export.lower.weights import DTYPES, Weights
 from mixt_export.network import FactorizedLinear
-from mixt_export.plan import Choice
-from mixt_export.plan.forms import MAX_WINDOWS
+from mixt_export.plan import Choice, Form, choose_forms
+from mixt_export.plan.sharing import Sharing
 
 
 @dataclass
@@ -31,7 +29,21 @@ class LinearContext:
     forms: dict[str, str]
     """Filled in: linear name -> the form it was lowered to, for the report."""
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    """MixT linears -> the executable form that was planned; others take the form their structure has."""
+    """Factorised linears -> the executable form that was planned."""
+    einsum: bool = False
+    """Networks are one Einsum for each core, to be read."""
+    flat: bool = False
+    """Batch and positions are one axis inside functions of networks, see network_function.function_for."""
+    kernels: bool = False
+    """Linears that a compiled kernel serves are one node, see fused.fused_node."""
+    sharing: Sharing = field(default_factory=Sharing)
+    """First steps that were planned once for several linears."""
+    many: Mapping[str, Choice] = field(default_factory=dict)
+    """Linears -> the second form that was planned for runs of many tokens."""
+    few_tokens: ir.Value | None = None
+    """Whether this run is one of few tokens, a bool scalar, where there are second forms."""
+    computed: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
+    """Filled in: name of such a step and what it read -> its output."""
 
 
 def lower_linear(context: LinearContext, linear: Linear, x: ir.Value, node: str, *, biased: bool = True) -> ir.Value:
@@ -57,6 +69,7 @@ def packs_in_place(context: LinearContext, linears: Sequence[Linear]) -> bool:
         is_dense(context, linears)
         and len(biases) == 1
         and context.fused_transpose
+        and not any(linear.stored_transposed for linear in linears)
         and context.weights.in_place([f"{linear.name}.weight" for linear in linears])
     )
 
@@ -68,7 +81,7 @@ def lower_dense(
     weights, builder = context.weights, context.builder
     names = [f"{linear.name}.weight" for linear in linears]
     for linear, name in zip(linears, names, strict=True):
-        weights.expect(name, (linear.out_features, linear.in_features))
+        weights.expect(name, linear.stored_shape)
         context.forms[linear.name] = "dense"
     stem = node.rsplit("/", 1)[-1]
     label = names[0] if len(names) == 1 else f"{linears[0].name.rsplit('.', 1)[0]}.{stem}.weight"
@@ -76,7 +89,10 @@ def lower_dense(
     shape: list[Dim] = ["batch", "seq", out]
     dtype = DTYPES[weights.dtype]
     name = f"{node}/MatMul"
-    if context.fused_transpose and weights.in_place(names):
+    if linears[0].stored_transposed:  # what MatMul wants; such a linear comes alone
+        w = builder.initializer(weights.tensor(names[0]))
+        y = builder.op("MatMul", [x, w], name=name, dtype=dtype, shape=shape)
+    elif context.fused_transpose and weights.in_place(names):
         w = builder.initializer(weights.refer(names, label))
         y = builder.op("FusedMatMul", [x, w], name=name, dtype=dtype, shape=shape, domain=MICROSOFT_DOMAIN, transB=1)
     else:
@@ -103,88 +119,32 @@ def _factorized(
         )
     if not biased:
         factors = replace(factors, bias=None)
-    choice = context.choices.get(linear.name)
-    if choice is not None and len(choice.form.windows) <= MAX_WINDOWS:
-        return _mixture(context, choice, factors, x, node)
-    for recognise in FORMS:
-        lowered = recognise(factors, context.builder.opsets[""])
-        if lowered is not None:
-            break
-    else:
-        raise UnsupportedError(f"{linear.name}: factors of method {factors.method!r} cannot be lowered to ONNX.")
-    function, tensors = lowered
-    builder, weights = context.builder, context.weights
-    builder.function(function)
-    values = [builder.initializer(weights.tensor(tensor)) for tensor in tensors]
-    context.forms[linear.name] = function.name
-    return builder.op(
-        function.name,
-        [x, *values],
-        name=node,
-        domain=MIXT_DOMAIN,
-        dtype=DTYPES[weights.dtype],
-        shape=["batch", "seq", linear.out_features],
-    )
+    choice = context.choices.get(linear.name) or choose_forms([factors]).choices[linear.name]
+    head = context.sharing.reads.get(linear.name)
+    if head is not None:
+        x = _head(context, head, x, node.rpartition("/")[0])
+        factors = replace(choice.linear, bias=factors.bias)
+    return _in_forms(context, linear.name, choice.form, factors, x, node)
 
 
-def _mixture(context: LinearContext, choice: Choice, factors: FactorizedLinear, x: ir.Value, node: str) -> ir.Value:
-    """A MixT in its planned form: one node with merged weights, or a plain product where that form is dense."""
-    builder, weights, mixture = context.builder, context.weights, choice.mixture
-    form = replace(choice.form, bias=factors.bias is not None)
-    dtype = DTYPES[weights.dtype]
-    shape: list[Dim] = ["batch", "seq", factors.out_features]
-    values = [
-        builder.initializer(
-            weights.derived(
-                f"{factors.name}.{suffix}",
-                weight_shape(form, window),
-                [term.tensor for term in mixture.terms[window.first : window.first + window.count]],
-                partial(window_weight, form, window, mixture),
-            )
-        )
-        for suffix, window in weight_names(form)
-    ]
-    if factors.bias is not None:
-        weights.expect(factors.bias.name, (factors.out_features,))
-        values.append(builder.initializer(weights.tensor(factors.bias.name)))
-    if form.dense:
-        context.forms[factors.name] = "dense"
-        y = builder.op("MatMul", [x, values[0]], name=f"{node}/MatMul", dtype=dtype, shape=shape)
-        if factors.bias is None:
-            return y
-        return builder.op("Add", [y, values[1]], name=f"{node}/Add", dtype=dtype, shape=shape)
-    op_type, attributes = mixt_node(form)
-    builder.function(load_function(op_type))
-    context.forms[factors.name] = op_type
-    return builder.op(op_type, [x, *values], name=node, domain=MIXT_DOMAIN, dtype=dtype, shape=shape, **attributes)
+def _in_forms(
+    context: LinearContext, name: str, form: Form, factors: FactorizedLinear, x: ir.Value, node: str
+) -> ir.Value:
+    """``factors`` in ``form``, or in the one of its two forms that suits the number of tokens."""
+    other = context.many.get(name)
+    if other is None:
+        return lower_form(context, form, factors, x, node)
+    return lower_variants(context, form, other.form, factors, x, node)
 
 
-Form = tuple[ir.Function, tuple[str, ...]]
-
-
-def _low_rank(factors: FactorizedLinear, _opset: int) -> Form | None:
-    """U V with V (in, rank) and U (rank, out), each stored as the product needs it."""
-    if len(factors.branches) != 1 or factors.sparse is not None:
-        return None
-    (branch,) = factors.branches
-    if len(branch.cores) != 2 or branch.scale != 1.0 or branch.padded:
-        return None
-    down, up = branch.cores
-    (i, _), *more_in = branch.in_modes
-    (o, _), *more_out = branch.out_modes
-    if more_in or more_out or len(down.labels) != 2 or down.labels[0] != i or up.labels != (down.labels[1], o):
-        return None
-    tensors = (down.tensor.name, up.tensor.name)
-    if factors.bias is None:
-        return load_function("LowRankLinear"), tensors
-    return load_function("LowRankLinearBias"), (*tensors, factors.bias.name)
-
-
-def _network(factors: FactorizedLinear, opset: int) -> Form | None:
-    """Any other tensor network: a function made for its structure, activation first."""
-    made = function_for(factors, opset)
-    return ir.serde.deserialize_function(made.proto), made.tensors
-
-
-#: Tried in order with the graph's opset; the first that recognises the structure lowers it.
-FORMS: tuple[Callable[[FactorizedLinear, int], Form | None], ...] = (_low_rank, _network)
+def _head(context: LinearContext, name: str, x: ir.Value, parent: str) -> ir.Value:
+    """The output of a shared first step on the input ``x``, computed when first asked for; nodes below ``parent``."""
+    if (name, x) not in context.computed:
+        before = context.sharing.reads.get(name)
+        inner = x if before is None else _head(context, before, x, parent)
+        choice = context.choices[name]
+        node = f"{parent}/{'.'.join(name.split('.')[-2:])}"  # who shares it, and the core
+        again = sum(known == name for known, _ in context.computed)
+        node = f"{node}_{again}" if again else node
+        context.computed[name, x] = _in_forms(context, name, choice.form, choice.linear, inner, node)
+    return context.computed[name, x]

@@ -1,15 +1,16 @@
 """A factorised linear as a model-local ONNX function of the domain ``mixt``: two-operand products only.
 
 The body is the activation-first contraction of ``network``: every MatMul has the running activation as one operand and
-one core as the other, so no runtime can multiply two factors back into a dense matrix. Cores are read as stored; a
-Transpose or Reshape of a core is of a constant and folds away, a Transpose of the activation is counted.
+one core as the other, so no runtime can multiply two factors back into a dense matrix. Every core comes as the matrix
+its product reads (an `Operand`), so that the body permutes and reshapes activations only; their Transposes are counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,69 +20,113 @@ from onnx import helper
 
 from mixt_export.errors import UnsupportedError
 from mixt_export.network import Branch, Core, FactorizedLinear, Order, best_orders, einsum, macs
-from mixt_export.network.matmuls import BATCH, SEQ, Axes, Step, schedule
+from mixt_export.network.matmuls import LEFT_SUFFIX
+from mixt_export.network.order import steps
+from mixt_export.network.program import Groups, Instruction, Product, Reshape, Transpose, program
 
 DOMAIN = "mixt"
 _OPSET = 23
 
-_Groups = tuple[Axes, ...]
-"""Which labels each axis of a value holds, row-major."""
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor as a function reads it: axes permuted by ``perm``, then reshaped to ``shape``."""
+
+    tensor: str
+    perm: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def stored(self) -> bool:
+        """Whether its elements lie in the order in which the tensor is stored."""
+        return self.perm == tuple(range(len(self.perm)))
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkFunction:
-    """A function and how to call it: ``y = proto(x, *tensors)`` with x (batch, seq, in), y (batch, seq, out).
+    """A function and how to call it: ``y = proto(x, *operands)`` with x (batch, seq, in), y (batch, seq, out).
 
-    ``tensors`` are the names of the checkpoint's tensors to pass after x: each distinct core once, then the bias. All
-    must have the dtype of x. ``transposes`` counts permutations of the activation, ``macs`` is multiply-adds per token.
+    ``operands`` are what to pass after x: each core in each layout that some product reads, then the bias. All must
+    have the dtype of x. ``transposes`` counts permutations of the activation, ``macs`` is multiply-adds per token.
     """
 
     proto: onnx.FunctionProto
-    tensors: tuple[str, ...]
+    operands: tuple[Operand, ...]
     transposes: int
     macs: int
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors of the operands."""
+        return tuple(operand.tensor for operand in self.operands)
 
-def function_for(linear: FactorizedLinear, opset: int = _OPSET) -> NetworkFunction:
+
+def function_for(
+    linear: FactorizedLinear,
+    opset: int = _OPSET,
+    *,
+    orders: Sequence[Order] | None = None,
+    left_from: int = LEFT_SUFFIX,
+    flat: bool = False,
+    einsum_nodes: bool = False,
+) -> NetworkFunction:
     """The function that computes ``linear``, named ``<Method>Linear_<8 hex digits of its body>``.
 
     Linears with the same body (low rank: of any sizes) get the same name and the same text. ``opset`` (18 or later) is
-    the version of the standard domain the body is written in. Raises UnsupportedError for a sparse residual,
-    NetworkError when no contraction order fits (see ``network.best_order``).
+    the version of the standard domain the body is written in; ``orders``: one per branch, by default the best;
+    ``left_from``: see `network.matmuls.schedule`. A ``flat`` body that permutes axes folds batch and positions into one
+    first: TensorRT-RTX fails on permuted axes with one of size 1 among them. With ``einsum_nodes`` every step is one
+    Einsum of the activation's modes and a core as it is stored, for reading: the same steps, executed more slowly.
+    Raises UnsupportedError for a sparse residual, NetworkError when no contraction order fits (see `best_order`).
     """
     if linear.sparse is not None:
-        raise UnsupportedError(
-            f"Linear {linear.name!r} has a sparse residual, which ONNX export cannot express without a dense matrix; "
-            "compress without the residual, or fold it into a dense weight."
-        )
-    body = _Body(linear)
-    orders = best_orders(linear)
-    total = body.sum([body.branch(index, order) for index, order in enumerate(orders)])
+        raise UnsupportedError(f"Linear {linear.name!r} has a sparse residual, which is no part of a network function.")
+    chosen = best_orders(linear) if orders is None else tuple(orders)
+    pairs = list(zip(linear.branches, chosen, strict=True))
+    programs = [program(branch, order, left_from) for branch, order in pairs]
+    flat = flat and not einsum_nodes and any(isinstance(step, Transpose) for steps_ in programs for step in steps_)
+    if flat:
+        programs = [program(branch, order, left_from, flat=True) for branch, order in pairs]
+    body = _Body(linear, flat)
+    results = []
+    for index, (branch, order) in enumerate(pairs):
+        stem = f"branch{index}_" if len(pairs) > 1 else ""
+        if einsum_nodes:
+            results.append(body.einsums(branch, order, stem))
+        else:
+            results.append(body.branch(branch, programs[index], stem))
+    total = body.sum(results)
     if linear.bias is not None:
-        total = body.emit("Add", [total, "bias"], "biased")
+        total = body.emit("Add", [total, body.bias(linear.bias.name, linear.bias.shape)], "biased")
     body.finish(total)
-    cores = linear.core_tensors()
-    inputs = ["x", *(f"core{index}" for index in range(len(cores)))]
-    tensors = [core.name for core in cores]
-    if linear.bias is not None:
-        inputs.append("bias")
-        tensors.append(linear.bias.name)
+    inputs = ["x", *body.names()]
     proto = helper.make_function(DOMAIN, "", inputs, ["y"], body.nodes, [helper.make_opsetid("", opset)])
     proto.doc_string = "y = " + " + ".join(dict.fromkeys(einsum(branch) for branch in linear.branches))
     digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()[:8]
-    proto.name = f"{_camel(linear.method)}Linear_{digest}"
-    return NetworkFunction(proto, tuple(tensors), body.transposes, macs(linear, orders))
+    proto.name = f"{_camel(linear.method)}{'Einsum' if einsum_nodes else 'Linear'}_{digest}"
+    return NetworkFunction(proto, body.operands(), body.transposes, macs(linear, chosen))
 
 
 class _Body:
     """Nodes of one function body, emitted in order. Value and node names follow the branch, the step and the op."""
 
-    def __init__(self, linear: FactorizedLinear) -> None:
-        self._linear = linear
-        self._operands = {tensor.name: f"core{index}" for index, tensor in enumerate(linear.core_tensors())}
+    def __init__(self, linear: FactorizedLinear, flat: bool) -> None:
+        self._linear, self._flat = linear, flat
+        self._operands: dict[Operand, str] = {}
         self._constants: dict[tuple[int, ...], str] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.transposes = 0
+        self._x = "x"
+        if flat:
+            self._x = self.emit("Reshape", ["x", self.integers([-1, linear.in_features])], "x_flat")
+
+    def names(self) -> list[str]:
+        """Inputs of the function behind x."""
+        return list(self._operands.values())
+
+    def operands(self) -> tuple[Operand, ...]:
+        """What to pass for them."""
+        return tuple(self._operands)
 
     def emit(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Append a node and return its output's name."""
@@ -96,11 +141,45 @@ class _Body:
             self._constants[key] = self.emit("Constant", [], name, value_ints=list(key))
         return self._constants[key]
 
-    def branch(self, index: int, order: Order) -> str:
-        """Emit the branch ``index``: y (batch, seq, ∏ out_modes), unscaled."""
-        branch = self._linear.branches[index]
-        stem = f"branch{index}_" if len(self._linear.branches) > 1 else ""
-        return _Walk(self, branch, order, stem, self._padded(branch.in_size)).result()
+    def branch(self, branch: Branch, instructions: Sequence[Instruction], stem: str) -> str:
+        """Emit ``branch``: y (batch, seq, ∏ out_modes), unscaled."""
+        matrices = {
+            instruction.core: matrix_of(branch.cores[instruction.core], instruction.layout)
+            for instruction in instructions
+            if isinstance(instruction, Product)
+        }
+        operands = {index: self._operand(matrices[index]) for index in sorted(matrices)}
+        value = self._padded(branch.in_size)
+        for instruction in instructions:
+            value = _EMIT[type(instruction)](self, instruction, value, stem, operands)
+        return value
+
+    def einsums(self, branch: Branch, order: Order, stem: str) -> str:
+        """The same with one Einsum for each core of ``order``."""
+        letter = dict(zip(branch.sizes(), string.ascii_letters, strict=False))
+        batch, seq = (letter_ for letter_ in string.ascii_letters[len(letter) : len(letter) + 2])
+        operands = [
+            self._operand(Operand(core.tensor.name, tuple(range(len(core.labels))), core.tensor.shape))
+            for core in branch.cores
+        ]
+        axes = [label for label, _ in branch.in_modes]
+        shape = self.integers([0, 0, *(size for _, size in branch.in_modes)])
+        value = self.emit("Reshape", [self._padded(branch.in_size), shape], f"{stem}modes")
+        walk = list(zip(order, steps(branch, order), strict=True))
+        for number, (index, (_, after)) in enumerate(walk):
+            kept = after if number + 1 < len(walk) else [label for label, _ in branch.out_modes]
+            source, core, target = (
+                "".join(letter[label] for label in group) for group in (axes, branch.cores[index].labels, kept)
+            )
+            equation = f"{batch}{seq}{source},{core}->{batch}{seq}{target}"
+            value = self.emit("Einsum", [value, operands[index]], f"{stem}step{number}_y", equation=equation)
+            axes = list(kept)
+        return self.emit("Reshape", [value, self.integers([0, 0, branch.out_size])], f"{stem}out_grouped")
+
+    def bias(self, name: str, shape: tuple[int, ...]) -> str:
+        """The function input that holds the bias."""
+        self._operands[Operand(name, (0,), shape)] = "bias"
+        return "bias"
 
     def sum(self, values: Sequence[str]) -> str:
         """Crop, scale and add the branches: what they have in common is done once, after the sum."""
@@ -118,6 +197,10 @@ class _Body:
 
     def finish(self, value: str) -> None:
         """Make ``value`` the output ``y``."""
+        if self._flat:
+            sizes = self.emit("Gather", [self.emit("Shape", ["x"], "x_shape"), self.integers([0, 1])], "leading")
+            shape = [sizes, self.integers([self._linear.out_features])]
+            value = self.emit("Reshape", [value, self.emit("Concat", shape, "y_shape", axis=0)], "whole")
         if value == "x":
             self.emit("Identity", ["x"], "y")
         else:
@@ -125,24 +208,40 @@ class _Body:
             node.output[0] = "y"
             node.name = f"y/{node.op_type}"
 
-    def operand(self, core: Core) -> str:
-        """Name of the function input that holds ``core``."""
-        return self._operands[core.tensor.name]
+    def reshape(self, instruction: Reshape, value: str, stem: str, _operands: dict[int, str]) -> str:
+        """Emit a Reshape of the activation."""
+        return self.emit("Reshape", [value, self.integers(instruction.shape)], f"{stem}{instruction.name}")
+
+    def transpose(self, instruction: Transpose, value: str, stem: str, _operands: dict[int, str]) -> str:
+        """Emit a Transpose of the activation."""
+        self.transposes += 1
+        return self.emit("Transpose", [value], f"{stem}{instruction.name}", perm=list(instruction.perm))
+
+    def product(self, instruction: Product, value: str, stem: str, operands: dict[int, str]) -> str:
+        """Emit a product of the activation with a core."""
+        core = operands[instruction.core]
+        inputs = [core, value] if instruction.form == "left" else [value, core]
+        op = "Mul" if instruction.form == "scale" else "MatMul"
+        return self.emit(op, inputs, f"{stem}{instruction.name}")
+
+    def _operand(self, operand: Operand) -> str:
+        return self._operands.setdefault(operand, f"core{len(self._operands)}")
 
     def _padded(self, size: int) -> str:
         """X with zeros at the end up to ``size`` features, once per size."""
         padding = size - self._linear.in_features
         if padding == 0:
-            return "x"
+            return self._x
         output = f"x_padded_{size}"
         if not any(output in node.output for node in self.nodes):
-            self.emit("Pad", ["x", self.integers([0, 0, 0, 0, 0, padding])], output)
+            pads = [0] * (3 if self._flat else 5) + [padding]
+            self.emit("Pad", [self._x, self.integers(pads)], output)
         return output
 
     def _finished(self, value: str, branch: Branch, stem: str) -> str:
         """``value`` cropped to the linear's features and scaled, in its own dtype; no node where nothing changes."""
         if branch.out_size > self._linear.out_features:
-            bounds = [self.integers([bound]) for bound in (0, self._linear.out_features, 2)]
+            bounds = [self.integers([bound]) for bound in (0, self._linear.out_features, 1 if self._flat else 2)]
             value = self.emit("Slice", [value, *bounds], f"{stem}cropped")
         if branch.scale == 1.0:
             return value
@@ -151,118 +250,19 @@ class _Body:
         return self.emit("Mul", [value, factor], f"{stem}scaled")
 
 
-class _Walk:
-    """Carries the activation of one branch through its steps, knowing which labels each of its axes holds."""
-
-    def __init__(self, body: _Body, branch: Branch, order: Order, stem: str, value: str) -> None:
-        self._body, self._branch, self._stem, self._value = body, branch, stem, value
-        self._sizes = branch.sizes()
-        self._schedule = schedule(branch, order)
-        source = self._schedule.source
-        self._groups: _Groups = ((BATCH,), (SEQ,), source[2:])
-
-    def result(self) -> str:
-        """Emit every step; the activation ends as (batch, seq, ∏ out_modes)."""
-        for number, step in enumerate(self._schedule.steps):
-            self._arrange(step.arranged, f"{self._stem}step{number}")
-            _FORMS[step.form](self, step, f"{self._stem}step{number}")
-        self._arrange(self._schedule.target, f"{self._stem}out")
-        self._regroup(((BATCH,), (SEQ,), self._schedule.target[2:]), f"{self._stem}out")
-        return self._value
-
-    def _arrange(self, wanted: Axes, name: str) -> None:
-        """Permute the activation's labels into ``wanted``, moving neighbours that stay together as one axis."""
-        current = tuple(label for group in self._groups for label in group)
-        if current == wanted:
-            return
-        blocks = _blocks(current, wanted)
-        self._regroup(blocks, f"{name}_split")
-        order = sorted(range(len(blocks)), key=lambda axis: wanted.index(blocks[axis][0]))
-        self._value = self._body.emit("Transpose", [self._value], f"{name}_moved", perm=order)
-        self._groups = tuple(blocks[axis] for axis in order)
-        self._body.transposes += 1
-
-    def _right(self, step: Step, name: str) -> None:
-        labels = tuple(label for group in self._groups for label in group)
-        rest = labels[1 + len(step.batch) : len(labels) - len(step.summed)]
-        if step.batch:
-            self._regroup(((BATCH,), step.batch, rest, step.summed), name)
-        elif self._groups[-1] != step.summed:
-            self._regroup(((BATCH,), *_apart(rest), step.summed), name)
-        shape = (step.batch, step.summed, step.new) if step.batch else (step.summed, step.new)
-        core = self._core(step.core, shape, name)
-        self._value = self._body.emit("MatMul", [self._value, core], f"{name}_y")
-        self._groups = (*self._groups[:-1], step.new)
-
-    def _left(self, step: Step, name: str) -> None:
-        labels = tuple(label for group in self._groups for label in group)
-        start = labels.index(step.summed[0])
-        before, after = labels[1:start], labels[start + len(step.summed) :]
-        self._regroup(((BATCH,), *_apart(before), step.summed, after), name)
-        core = self._core(step.core, (step.new, step.summed), name)
-        self._value = self._body.emit("MatMul", [core, self._value], f"{name}_y")
-        self._groups = ((BATCH,), *_apart(before), step.new, after)
-
-    def _scale(self, step: Step, name: str) -> None:
-        labels = tuple(label for group in self._groups for label in group)
-        self._regroup(((BATCH,), *_apart(labels[1 : len(labels) - len(step.batch)]), step.batch), name)
-        core = self._core(step.core, (step.batch,), name)
-        self._value = self._body.emit("Mul", [self._value, core], f"{name}_y")
-
-    def _regroup(self, groups: _Groups, name: str) -> None:
-        """Reshape the activation so that its axes hold ``groups``; no node when the shape stays."""
-        if self._shape(groups) != self._shape(self._groups):
-            keeps_seq = groups[1] == (SEQ,) == self._groups[1]
-            shape = [0, 0 if keeps_seq else self._dim(groups[1]), *(self._dim(group) for group in groups[2:])]
-            self._value = self._body.emit("Reshape", [self._value, self._body.integers(shape)], f"{name}_grouped")
-        self._groups = groups
-
-    def _core(self, index: int, groups: _Groups, name: str) -> str:
-        """The core as a matrix (or a stack of them) whose axes hold ``groups``; permutes and reshapes the constant."""
-        core = self._branch.cores[index]
-        value = self._body.operand(core)
-        wanted = [label for group in groups for label in group]
-        ones = [label for label, size in core.modes() if size == 1]
-        stored = [label for label in core.labels if label not in ones]
-        shape = list(core.tensor.shape)
-        if stored != wanted:
-            perm = [core.labels.index(label) for label in (*ones, *wanted)]
-            value = self._body.emit("Transpose", [value], f"{name}_core_moved", perm=perm)
-            shape = [shape[axis] for axis in perm]
-        matrix = [prod(self._sizes[label] for label in group) for group in groups]
-        if shape != matrix:
-            value = self._body.emit("Reshape", [value, self._body.integers(matrix)], f"{name}_core_grouped")
-        return value
-
-    def _dim(self, group: Axes) -> int:
-        return -1 if SEQ in group else prod(self._sizes[label] for label in group)
-
-    def _shape(self, groups: _Groups) -> list[tuple[bool, bool, int]]:
-        """Per axis: does it hold the batch, does it hold the positions, and the product of its labels' sizes."""
-        return [(BATCH in group, SEQ in group, prod(self._sizes.get(label, 1) for label in group)) for group in groups]
+_Emit = Callable[[_Body, Any, str, str, dict[int, str]], str]
+_EMIT: dict[type[Instruction], _Emit] = {Reshape: _Body.reshape, Transpose: _Body.transpose, Product: _Body.product}
 
 
-_FORMS = {"right": _Walk._right, "left": _Walk._left, "scale": _Walk._scale}
-
-
-def _blocks(current: Axes, wanted: Axes) -> _Groups:
-    """Longest runs of labels that are neighbours in both orders."""
-    blocks: list[Axes] = []
-    for label in current:
-        position = wanted.index(label)
-        joins = blocks and position > 0 and wanted[position - 1] == blocks[-1][-1] and label not in (BATCH, SEQ)
-        if joins and blocks[-1][-1] not in (BATCH, SEQ):
-            blocks[-1] = (*blocks[-1], label)
-        else:
-            blocks.append((label,))
-    return tuple(blocks)
-
-
-def _apart(labels: Axes) -> _Groups:
-    """One axis, with the positions on an axis of their own where they come first: a Reshape then keeps their size."""
-    if labels[:1] != (SEQ,):
-        return (labels,)
-    return ((SEQ,), labels[1:]) if labels[1:] else ((SEQ,),)
+def matrix_of(core: Core, layout: Groups) -> Operand:
+    """``core`` as the tensor whose axes hold the groups of labels ``layout``; axes of size 1 belong to none."""
+    sizes = dict(core.modes())
+    ones = [axis for axis, label in enumerate(core.labels) if sizes[label] == 1]
+    wanted = [core.labels.index(label) for group in layout for label in group]
+    shape = tuple(prod(sizes[label] for label in group) for group in layout)
+    if sorted(wanted) == wanted:
+        return Operand(core.tensor.name, tuple(range(len(core.labels))), shape)
+    return Operand(core.tensor.name, (*ones, *wanted), shape)
 
 
 def _camel(method: str) -> str:

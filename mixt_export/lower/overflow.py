@@ -74,15 +74,16 @@ def islands_for(extremes: Extremes, decoder: Decoder) -> Islands:
         peak = max(series.get(name, 0.0) for series in (extremes.inputs, extremes.outputs, extremes.inner))
         if _overflows(peak):
             shifts[name] = _shift(name, peak)
-    writers = {linear.name for block in decoder.blocks for linear in (block.o, block.down)}
+    writers = {linear.name for block in decoder.blocks for linear in block.writers}
     residual = any(map(_overflows, extremes.residual)) or bool(writers & shifts.keys())
     attention = {index for index, peak in enumerate(extremes.scores) if _overflows(peak)}
-    attention |= {block.index for block in decoder.blocks if block.q_norm is None and _wide_query(block, extremes)}
+    plain = (block for block in decoder.blocks if block.attention.q_norm is None)
+    attention |= {block.index for block in plain if _wide_query(block, extremes)}
     return Islands(residual, frozenset(attention), shifts)
 
 
 def _wide_query(block: Block, extremes: Extremes) -> bool:
-    return _overflows(extremes.outputs.get(block.q.name, 0.0))
+    return _overflows(extremes.outputs.get(block.attention.query.name, 0.0))
 
 
 def _overflows(peak: float) -> bool:

@@ -34,10 +34,13 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
 }
 
+#: What a streamed tensor may hold: weights, and indices of Gather.
+_ELEMENTS = {**DTYPES, "int32": ir.DataType.INT32}
+
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element of the graph dtype ``dtype``."""
-    return int(DTYPES[dtype].itemsize)
+    """Bytes of one element of the graph dtype ``dtype``, or of int32."""
+    return int(_ELEMENTS[dtype].itemsize)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ class Weights:
         """One stored tensor in its stored layout: in place when the dtype is right, else streamed and converted."""
         return self.stacked([name], name)
 
+    def viewed(self, name: str, shape: Sequence[int]) -> ir.TensorProtocol:
+        """One stored tensor with its elements in their stored order, as ``shape``: in place when the dtype is right."""
+        stored = self._stored(name).ref
+        if tuple(shape) == stored.shape:
+            return self.tensor(name)
+        label = f"{name}.{'x'.join(map(str, shape))}"
+        if not self.in_place([name]):
+            return self._stream([name], shape, label, transpose=False)
+        found = self._stored(name)
+        self.linked.add(found.path)
+        return self._external(found.path.name, found.offset, found.nbytes, shape, label)
+
     def transposed(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
         """Matrices (out, in) stacked along their outputs and transposed to (in, sum of out), streamed."""
         shapes = [self.shape(part) for part in names]
@@ -114,8 +129,26 @@ class Weights:
         shapes = [self.shape(part) for part in names]
         return self._stream(names, (sum(shape[0] for shape in shapes), *shapes[0][1:]), name, transpose=False)
 
+    def piled(self, names: Sequence[str], name: str, *, transpose: bool) -> ir.TensorProtocol:
+        """Matrices of one shape along a new first axis: (a, b) -> (count, a, b), or (count, b, a) with ``transpose``.
+
+        In place where they lie side by side in the wanted layout, else streamed one by one. Raises CheckpointError when
+        their shapes differ.
+        """
+        rows, columns = self.shape(names[0])
+        for other in names:
+            self.expect(other, (rows, columns))
+        if not transpose and self.in_place(names):
+            stored = [self._stored(part) for part in names]
+            self.linked.add(stored[0].path)
+            nbytes = sum(tensor.nbytes for tensor in stored)
+            shape = (len(names), rows, columns)
+            return self._external(stored[0].path.name, stored[0].offset, nbytes, shape, name)
+        shape = (len(names), *((columns, rows) if transpose else (rows, columns)))
+        return self._append(name, shape, self.dtype, tuple(_late(self._converted, part, transpose) for part in names))
+
     def computed(self, name: str, array: np.ndarray[Any, Any]) -> ir.TensorProtocol:
-        """A tensor that is no weight of the checkpoint (rotary tables), streamed in its own dtype."""
+        """A tensor that is no weight of the checkpoint (rotary tables, indices), streamed in its own dtype."""
         return self._append(name, array.shape, str(array.dtype), (lambda: array,))
 
     def derived(self, name: str, shape: Sequence[int], sources: Sequence[str], make: Derive) -> ir.TensorProtocol:
@@ -153,7 +186,7 @@ class Weights:
         self, location: str, offset: int, nbytes: int, shape: Sequence[int], name: str, dtype: str | None = None
     ) -> ir.TensorProtocol:
         return ir.ExternalTensor(
-            location, offset, nbytes, DTYPES[dtype or self.dtype], shape=ir.Shape(list(shape)), name=name
+            location, offset, nbytes, _ELEMENTS[dtype or self.dtype], shape=ir.Shape(list(shape)), name=name
         )
 
     def _stream(self, names: Sequence[str], shape: Sequence[int], name: str, *, transpose: bool) -> ir.TensorProtocol:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixt_export.plan.forms import MAX_WINDOWS
+from mixt_export.plan.windows import MAX_WINDOWS
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from tests.ortrun import relative
 from tests.tiny import write_tiny, write_tiny_low_rank
 
 ALL = sorted(path.stem for path in (resource("graphs") / "ops").glob("*.onnxtxt"))
-#: Those of MixT have attributes and tests of their own (test_mixture.py).
-OPS = [name for name in ALL if not name.startswith("MixTLinear")]
+#: Those of MixT and tensor trains have attributes and tests of their own (test_mixture.py, test_tt_ops.py).
+OPS = [name for name in ALL if not name.startswith(("MixTLinear", "TTLinear"))]
 
 
 def text_function(name: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function((resource("graphs") / "ops" / f"{name}.onnxtxt").read_text(encoding="utf-8"))
 
 
-def call(function: onnx.FunctionProto, *arrays: np.ndarray) -> np.ndarray:
+def call(function: onnx.FunctionProto, *arrays: np.ndarray, **attributes: object) -> np.ndarray:
     names = list(function.input)
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in zip(names, arrays, strict=True)]
-    node = helper.make_node(function.name, names, ["y"], domain="mixt")
+    node = helper.make_node(function.name, names, ["y"], domain="mixt", **attributes)
     graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("mixt", 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)

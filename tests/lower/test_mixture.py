@@ -11,14 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mixt_export.lower.functions import load_function
 from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape, window_weight
-from mixt_export.plan import Form, Mixture, mixt_forms
+from mixt_export.plan import MixtForm, Mixture, mixt_forms
 from tests.ortrun import relative
 from tests.plan.oracle import CASES, case
 
 ELEMENTS = {"float32": (TensorProto.FLOAT, 1e-6), "float16": (TensorProto.FLOAT16, 3e-3)}
 
 
-def model_of(form: Form, weights: list[np.ndarray], bias: np.ndarray | None, opset: int = 20) -> onnx.ModelProto:
+def model_of(form: MixtForm, weights: list[np.ndarray], bias: np.ndarray | None, opset: int = 20) -> onnx.ModelProto:
     op, attributes = mixt_node(form)
     element = helper.np_dtype_to_tensor_dtype(weights[0].dtype)
     constants = [numpy_helper.from_array(np.ascontiguousarray(w), f"w{i}") for i, w in enumerate(weights)]
@@ -41,7 +41,7 @@ def session(model: onnx.ModelProto, **entries: str) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options)
 
 
-def weights_of(form: Form, mixture: Mixture, cores: dict[str, np.ndarray], dtype: str) -> list[np.ndarray]:
+def weights_of(form: MixtForm, mixture: Mixture, cores: dict[str, np.ndarray], dtype: str) -> list[np.ndarray]:
     found = []
     for _, window in weight_names(form):
         weight = window_weight(form, window, mixture, cores.__getitem__)
@@ -78,7 +78,7 @@ def test_bias(shape: tuple) -> None:
     for plain in mixt_forms(linear):
         if plain.dense:
             continue
-        form = Form(plain.name, plain.layout, plain.windows, plain.in_features, plain.out_features, bias=True)
+        form = MixtForm(plain.name, plain.layout, plain.windows, plain.in_features, plain.out_features, bias=True)
         running = session(model_of(form, weights_of(form, mixture, cores, "float32"), bias.astype(np.float32)))
         found = running.run(None, {"x": x.astype(np.float32)})[0]
         assert relative(found, x @ matrix.T + bias) < 1e-6, form.name

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from mixt_export.reference import load_reference
 from mixt_export.targets import export
 from mixt_export.targets.trt import TrtOptions
+from tests.lower.matrix import worst
 from tests.ortrun import Graph, relative
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
@@ -35,36 +36,6 @@ VARIANTS = {
 def folder_of(tmp_path: Path, variant: str) -> Path:
     options = {"num_hidden_layers": 2, **VARIANTS[variant]}
     return write_tiny(tmp_path / "model", str(options.pop("model_type")), **options)
-
-
-def logits_of(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(ids[None])).logits[0].numpy()
-
-
-def worst(model: torch.nn.Module, folder: Path) -> float:
-    """Largest relative error over a prefill, a prompt in pieces, steps over the cache, and a left-padded batch."""
-    graph, rng = Graph(folder), np.random.default_rng(7)
-    ids = rng.integers(0, 300, 23)
-    expected = logits_of(model, ids)
-    whole, _ = graph.run(ids[None])
-    errors = [relative(whole[0], expected[-1])]
-    past, seen = None, 0
-    for size in (9, 1, 1, 7, 5):
-        logits, past = graph.run(ids[None, seen : seen + size], past)
-        seen += size
-        errors.append(relative(logits[0], expected[seen - 1]))
-    lengths = [11, 4]
-    rows, step = [rng.integers(0, 300, n) for n in lengths], rng.integers(0, 300, (2, 1))
-    batch, mask = np.zeros((2, 11), np.int64), np.zeros((2, 11), np.int64)
-    for row, tokens in enumerate(rows):
-        batch[row, 11 - len(tokens) :], mask[row, 11 - len(tokens) :] = tokens, 1
-    logits, past = graph.run(batch, mask=mask)
-    errors += [relative(logits[row], logits_of(model, tokens)[-1]) for row, tokens in enumerate(rows)]
-    logits, _ = graph.run(step, past, np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1))
-    for row, tokens in enumerate(rows):
-        errors.append(relative(logits[row], logits_of(model, np.append(tokens, step[row]))[-1]))
-    return max(errors)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

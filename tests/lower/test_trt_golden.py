@@ -10,7 +10,8 @@ import pytest
 from mixt_export.targets import export, plan_export
 from mixt_export.targets.trt import TrtOptions
 from tests import golden
-from tests.tiny import write_tiny, write_tiny_low_rank
+from tests.building.models import write_structure
+from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
 DIALECTS = {"trt10": 6, "trt11": 7}
 
@@ -30,6 +31,26 @@ def test_low_rank_with_islands(tmp_path: Path, dialect: str) -> None:
     islands = ("attention.0", "model.layers.0.self_attn.q_proj=3", "model.layers.0.mlp.down_proj", "lm_head=2")
     plan = plan_export(folder, target="trt", dtype="fp16", trt=TrtOptions(jetpack=DIALECTS[dialect], islands=islands))
     golden.check(f"qwen2-low-rank.{dialect}.fp16-islands", golden.as_text(plan.lowered.model))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_mixt(tmp_path: Path, dialect: str) -> None:
+    """A form of every kind, with and without biases, an island among them."""
+    base = write_tiny(tmp_path / "base", "qwen2", num_hidden_layers=1)
+    sizes = {"q_proj": 4, "k_proj": 4, "v_proj": 2, "up_proj": 3, "o_proj": 3}
+    folder = write_tiny_mixt(tmp_path / "model", base, sizes)
+    forms = [("q_proj", "pairs"), ("k_proj", "merged:3"), ("v_proj", "dense"), ("up_proj", "branches")]
+    forms.append(("o_proj", "branches-left"))
+    trt = TrtOptions(jetpack=DIALECTS[dialect], islands=("model.layers.0.self_attn.k_proj=2",))
+    plan = plan_export(folder, target="trt", dtype="fp16", forms=forms, trt=trt)
+    golden.check(f"qwen2-mixt.{dialect}.fp16", golden.as_text(plan.lowered.model))
+
+
+def test_tensor_train(tmp_path: Path) -> None:
+    """Bodies that permute axes fold batch and positions into one first; those that do not stay as they are."""
+    folder = write_structure(tmp_path, "tensor_train")
+    plan = plan_export(folder, target="trt", dtype="fp16", forms=[("proj", "chain")], trt=TrtOptions(jetpack=6))
+    golden.check("llama-tensor-train.trt10.fp16", golden.as_text(plan.lowered.model))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

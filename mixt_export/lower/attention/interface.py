@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mixt_export.families.rope import cos_sin_tables
-from mixt_export.families.wiring import Block, Decoder
+from mixt_export.families.wiring import Block, Decoder, Rope
 from mixt_export.lower.builder import GraphBuilder
 from mixt_export.lower.precision import Islands, Precision
 from mixt_export.lower.weights import DTYPES, Weights
@@ -41,6 +41,10 @@ class Attention(Protocol):
         """Attention output (batch, seq, heads · head_dim) before the output projection, and the new cache."""
         ...
 
+    def positions(self) -> ir.Value:
+        """Position of every new token, int64 (batch, seq); that of padding is some valid position."""
+        ...
+
     def last_position(self, hidden: ir.Value, node: str) -> ir.Value:
         """(batch, seq, hidden) -> (batch, 1, hidden) at each sequence's last valid position."""
         ...
@@ -64,14 +68,25 @@ class Inputs:
         """Activation dtype."""
         return DTYPES[self.weights.dtype]
 
-    def rotary_tables(self) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines (max_seq_len, head_dim / 2) in the activation dtype."""
-        cos, sin = cos_sin_tables(self.decoder.rope, self.max_seq_len)
-        dtype = self.dtype.numpy()
+    def rotary_prefix(self, rope: Rope) -> str:
+        """Where the tables and angles of ``rope`` are named: ``/rotary`` for the model's first, then ``/rotary/1``."""
+        index = self.decoder.ropes.index(rope)
+        return f"/rotary/{index}" if index else "/rotary"
+
+    def rotary_tables(self, rope: Rope, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines of every position, (max_seq_len, rotary_dim / 2) of ``dtype``."""
+        cos, sin = cos_sin_tables(rope, self.max_seq_len)
+        prefix, kind = self.rotary_prefix(rope), dtype.numpy()
         return (
-            self.builder.initializer(self.weights.computed("/rotary/cos", cos.astype(dtype))),
-            self.builder.initializer(self.weights.computed("/rotary/sin", sin.astype(dtype))),
+            self.builder.initializer(self.weights.computed(f"{prefix}/cos", cos.astype(kind))),
+            self.builder.initializer(self.weights.computed(f"{prefix}/sin", sin.astype(kind))),
         )
+
+
+def rotary_attributes(rope: Rope, head_dim: int) -> dict[str, Any]:
+    """Attributes of opset 23's RotaryEmbedding; its default is that whole heads rotate."""
+    partial = {} if rope.rotary_dim == head_dim else {"rotary_embedding_dim": rope.rotary_dim}
+    return {"interleaved": int(rope.interleaved), **partial}
 
 
 def int64(*values: int) -> np.ndarray[Any, Any]:

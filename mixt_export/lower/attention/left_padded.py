@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mixt_export.families.rope import cos_sin_tables
+from mixt_export.families.wiring import Rope
 from mixt_export.lower.attention.interface import Cache, Inputs, int64
 from mixt_export.lower.builder import Dim
 from mixt_export.lower.precision import WIDE, Precision, dims
@@ -45,14 +45,13 @@ class LeftPadded:
         batch, _, features = dims(hidden)
         return b.op("Slice", [hidden, *bounds], name=node, dtype=_dtype(hidden), shape=[batch, 1, features])
 
-    def tables(self) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines of every position, float32 (max_seq_len, head_dim / 2)."""
-        cos, sin = cos_sin_tables(self._in.decoder.rope, self._in.max_seq_len)
-        weights, b = self._in.weights, self._in.builder
-        return (
-            b.initializer(weights.computed("/rotary/cos", cos)),
-            b.initializer(weights.computed("/rotary/sin", sin)),
-        )
+    def positions(self) -> ir.Value:
+        """See Attention.positions."""
+        return self._positions
+
+    def tables(self, rope: Rope) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines of every position, float32 (max_seq_len, rotary_dim / 2)."""
+        return self._in.rotary_tables(rope, WIDE)
 
     def heads_apart(self, x: ir.Value, count: int, node: str, *, transpose: bool = True) -> ir.Value:
         """(batch, seq, count · head_dim) -> (batch, count, seq, head_dim), or (batch, seq, count, head_dim)."""

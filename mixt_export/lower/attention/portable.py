@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
 from mixt_export.families.wiring import Block
-from mixt_export.lower.attention.interface import Cache, Heads, Inputs
+from mixt_export.lower.attention.interface import Cache, Heads, Inputs, rotary_attributes
 from mixt_export.lower.attention.interface import int64 as ints
 from mixt_export.lower.builder import Dim
 
@@ -54,31 +56,44 @@ class ConcatAttention:
         usable = b.op("Or", [valid, itself], name="/attention/usable", dtype=boolean, shape=full)
         self._mask = b.op("And", [usable, causal], name="/attention/mask", dtype=boolean, shape=full)
         self._windowed: dict[int, ir.Value] = {}
-        self._cos, self._sin = inputs.rotary_tables()
+        self._tables = {rope: inputs.rotary_tables(rope, inputs.dtype) for rope in inputs.decoder.ropes}
+
+    def positions(self) -> ir.Value:
+        """See Attention.positions."""
+        return self._positions
 
     def attend(self, block: Block, heads: Heads, past: Cache, node: str) -> tuple[ir.Value, Cache]:
         """See Attention.attend."""
-        d, b, dtype = self._in.decoder, self._in.builder, self._in.dtype
+        d, b, dtype, attention = self._in.decoder, self._in.builder, self._in.dtype, block.attention
         assert heads.k is not None and heads.v is not None  # packs_qkv is False
         rotated = [
-            b.op(
-                "RotaryEmbedding", [value, self._cos, self._sin, self._positions], name=f"{node}/{name}_rotary",
-                dtype=dtype, shape=["batch", "seq", count * d.head_dim], num_heads=count, interleaved=0,
-            )
+            self._rotated(value, block, count, f"{node}/{name}_rotary")
             for value, name, count in ((heads.q, "q", d.heads), (heads.k, "k", d.kv_heads))
-        ]  # fmt: skip
+        ]
+        softcap: dict[str, Any] = {} if attention.softcap is None else {"softcap": attention.softcap}
         present: list[Dim] = ["batch", d.kv_heads, "total", d.head_dim]
         out, key, value = b.ops(
             "Attention",
-            [*rotated, heads.v, self._mask_of(block.window), past.key, past.value],
+            [*rotated, heads.v, self._mask_of(attention.window), past.key, past.value],
             name=f"{node}/Attention",
             outputs=[(dtype, ["batch", "seq", d.heads * d.head_dim]), (dtype, present), (dtype, present)],
             q_num_heads=d.heads,
             kv_num_heads=d.kv_heads,
-            scale=d.head_dim**-0.5,
+            scale=attention.scale,
             is_causal=0,
+            **softcap,
         )
         return out, Cache(key, value)
+
+    def _rotated(self, x: ir.Value, block: Block, count: int, node: str) -> ir.Value:
+        """X (batch, seq, count · head_dim), its heads rotated where the block's attention does."""
+        d, rope = self._in.decoder, block.attention.rope
+        if rope is None:
+            return x
+        return self._in.builder.op(
+            "RotaryEmbedding", [x, *self._tables[rope], self._positions], name=node, dtype=self._in.dtype,
+            shape=["batch", "seq", count * d.head_dim], num_heads=count, **rotary_attributes(rope, d.head_dim),
+        )  # fmt: skip
 
     def last_position(self, hidden: ir.Value, node: str) -> ir.Value:
         """Left padding puts every sequence's last token at the end."""

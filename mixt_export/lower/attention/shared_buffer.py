@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from mixt_export.errors import UnsupportedError
-from mixt_export.families.wiring import Block
+from mixt_export.families.wiring import Block, Decoder
 from mixt_export.lower.attention.interface import Cache, Heads, Inputs, int64
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, Dim
 
-#: ONNX Runtime's kernel refuses other head sizes when it runs (not when it loads).
-_GQA_HEAD_MULTIPLE = 16
+#: What ONNX Runtime's kernel wants head sizes to be multiples of, and all sizes where heads rotate.
+_HEAD_MULTIPLE, _ROTARY_MULTIPLE = 8, 16
 
 
 class SharedBufferAttention:
@@ -19,15 +20,11 @@ class SharedBufferAttention:
     packs_qkv = True
 
     def __init__(self, inputs: Inputs) -> None:
-        if inputs.decoder.head_dim % _GQA_HEAD_MULTIPLE:
-            raise UnsupportedError(
-                f"config.json: head_dim {inputs.decoder.head_dim} is not a multiple of {_GQA_HEAD_MULTIPLE}, which "
-                "ONNX Runtime's GroupQueryAttention needs with rotary embeddings; export with --target onnx."
-            )
+        _check_sizes(inputs.decoder)
         self._in = inputs
         b, mask = inputs.builder, inputs.attention_mask
         one = b.constant(int64(1), "one")
-        count = b.op(
+        self._count = count = b.op(
             "ReduceSum",
             [mask, one],
             name="/attention/valid_count",
@@ -45,16 +42,32 @@ class SharedBufferAttention:
         self._total = b.op(
             "Cast", [scalar], name="/attention/total_length", dtype=ir.DataType.INT32, shape=[], to=ir.DataType.INT32
         )
-        self._cos, self._sin = inputs.rotary_tables()
+        self._tables = {rope: inputs.rotary_tables(rope, inputs.dtype) for rope in inputs.decoder.ropes}
+
+    def positions(self) -> ir.Value:
+        """max(valid - seq, 0) + index: of a right-padded prefill, of decoding, of a prompt's next piece at batch 1."""
+        b, int64_, grid = self._in.builder, ir.DataType.INT64, ["batch", "seq"]
+        one, zero = b.constant(int64(1), "one"), b.constant(int64(0), "zero")
+        seq = b.op("Shape", [self._in.input_ids], name="/position/seq", dtype=int64_, shape=[1], start=1)
+        before = b.op("Sub", [self._count, seq], name="/position/before", dtype=int64_, shape=["batch"])
+        start = b.op("Max", [before, zero], name="/position/start", dtype=int64_, shape=["batch"])
+        column = b.op("Unsqueeze", [start, one], name="/position/column", dtype=int64_, shape=["batch", 1])
+        end = b.op("Squeeze", [seq], name="/position/end", dtype=int64_, shape=[])
+        first, step = (b.constant(np.array(v, dtype=np.int64), f"scalar_{v}") for v in (0, 1))
+        index = b.op("Range", [first, end, step], name="/position/index", dtype=int64_, shape=["seq"])
+        return b.op("Add", [column, index], name="/position/ids", dtype=int64_, shape=grid)
 
     def attend(self, block: Block, heads: Heads, past: Cache, node: str) -> tuple[ir.Value, Cache]:
         """See Attention.attend."""
-        d, b = self._in.decoder, self._in.builder
+        d, b, attention = self._in.decoder, self._in.builder, block.attention
+        rope = attention.rope
         present: list[Dim] = ["batch", d.kv_heads, "present", d.head_dim]
-        window = {} if block.window is None else {"local_window_size": block.window}
+        window = {} if attention.window is None else {"local_window_size": attention.window}
+        softcap = {} if attention.softcap is None else {"softcap": attention.softcap}
+        tables = () if rope is None else self._tables[rope]
         out, key, value = b.ops(
             "GroupQueryAttention",
-            [heads.q, heads.k, heads.v, past.key, past.value, self._seqlens, self._total, self._cos, self._sin],
+            [heads.q, heads.k, heads.v, past.key, past.value, self._seqlens, self._total, *tables],
             name=f"{node}/GroupQueryAttention",
             domain=MICROSOFT_DOMAIN,
             outputs=[
@@ -64,10 +77,11 @@ class SharedBufferAttention:
             ],
             num_heads=d.heads,
             kv_num_heads=d.kv_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
-            scale=d.head_dim**-0.5,
+            do_rotary=int(rope is not None),
+            rotary_interleaved=int(rope is not None and rope.interleaved),
+            scale=attention.scale,
             **window,
+            **softcap,
         )
         return out, Cache(key, value)
 
@@ -86,3 +100,16 @@ class SharedBufferAttention:
             "GatherND", [hidden, indices], name=node, dtype=self._in.dtype, shape=["batch", 1, d.hidden_size],
             batch_dims=1,
         )  # fmt: skip
+
+
+def _check_sizes(decoder: Decoder) -> None:
+    """Raise UnsupportedError for sizes that ONNX Runtime's kernel refuses when it runs, not when it loads."""
+    rotary = {rope.rotary_dim for rope in decoder.ropes}
+    wanted = _ROTARY_MULTIPLE if rotary else _HEAD_MULTIPLE
+    sizes = [("head_dim", decoder.head_dim), *(("the rotary dimension", size) for size in rotary)]
+    for name, size in sizes:
+        if size % wanted:
+            raise UnsupportedError(
+                f"config.json: {name} {size} is not a multiple of {wanted}, which ONNX Runtime's GroupQueryAttention "
+                f"needs{' with rotary embeddings' if rotary else ''}; export with --target onnx."
+            )
