@@ -7,6 +7,7 @@ from typing import Any
 
 from mixt_export.checkpoints import paths, strictjson
 from mixt_export.checkpoints.checkpoint import Checkpoint
+from mixt_export.checkpoints.experts import unstacked
 from mixt_export.checkpoints.store import INDEX_FILE, SINGLE_FILE, open_store
 from mixt_export.errors import CheckpointError, UnsupportedError
 
@@ -25,7 +26,8 @@ def recognise(folder: Path) -> str | None:
 
 def open(folder: Path, reason: str) -> Checkpoint:
     """Open a dense folder; see open_checkpoint."""
-    return Checkpoint(folder, NAME, reason, read_config(folder), open_store(folder))
+    config = read_config(folder)
+    return Checkpoint(folder, NAME, reason, config, unstacked(open_store(folder), config))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from mixt_export import network
 from mixt_export.checkpoints import huggingface, paths, strictjson
 from mixt_export.checkpoints.checkpoint import Checkpoint
+from mixt_export.checkpoints.experts import unstacked
 from mixt_export.checkpoints.store import TensorStore, open_store
 from mixt_export.errors import CheckpointError, NetworkError, UnsupportedError
 
@@ -32,7 +33,7 @@ def open(folder: Path, reason: str) -> Checkpoint:
     path = paths.required_file(folder, FACTORS_FILE, _AGAIN)
     described = read_factors(path)
     config = huggingface.read_config(folder)
-    store = open_store(folder)
+    store = unstacked(open_store(folder), config)
     factors = {name: _linear(path, name, value, store) for name, value in described["linears"].items()}
     check_against_store(factors, store, str(path))
     return Checkpoint(folder, NAME, reason, config, store, factors, described["info"])

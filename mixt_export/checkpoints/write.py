@@ -134,7 +134,7 @@ def _check_features(source: Checkpoint, factors: Mapping[str, FactorizedLinear])
     """Raise NetworkError when a linear of ``factors`` has other features than the dense weight that it replaces."""
     for name, linear in factors.items():
         ref = source.store.refs.get(f"{name}.weight")
-        if ref is not None and ref.shape != (linear.out_features, linear.in_features):
+        if ref is not None and sorted(ref.shape) != sorted((linear.out_features, linear.in_features)):
             before = " → ".join(str(size) for size in reversed(ref.shape))
             raise NetworkError(
                 f"{source.path}: the linear {name!r} is {linear.in_features} → {linear.out_features}, but the dense "

@@ -1,13 +1,14 @@
 """Torch modules that execute a factorised linear of the IR.
 
 Written for reading, not for speed, and independently of the lowering to ONNX: they are what exported graphs are judged
-by. A structure with a module of its own stands in MODULES; every other network is contracted activation first.
+by. A structure with a module of its own stands in MODULES; every other network is contracted activation first, or
+multiplied to its matrix where so many tokens pass that this is less work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class FactorizedLinear(nn.Module):
         else:
             width = prod(size for _, size in branch.in_modes)
             padded = nn.functional.pad(flat, (0, width - flat.shape[1]))
-            y = _contract(branch, padded, tensors, labels)[:, : self.out_features]
+            y = _apply(branch, padded, tensors, labels)[:, : self.out_features]
         return y if branch.scale == 1.0 else y * branch.scale
 
     def extra_repr(self) -> str:
@@ -99,6 +100,56 @@ def _is_low_rank(branch: Branch) -> bool:
     return (head, tail) == (first, last) and middle == bond and middle not in (first, last)
 
 
+def _apply(
+    branch: Branch, flat: torch.Tensor, tensors: list[torch.Tensor], labels: list[tuple[str, ...]]
+) -> torch.Tensor:
+    """The activation contracted with the cores, or with their matrix where many tokens make that less work."""
+    if len(flat) * _work(branch, labels) <= _matrix_work(branch, labels) + len(flat) * branch.in_size * branch.out_size:
+        return _contract(branch, flat, tensors, labels)
+    state, have = tensors[0], labels[0]
+    for index in range(1, len(tensors)):
+        keep = _kept(branch, have, labels, index)
+        state, have = _einsum(state, have, tensors[index], labels[index], keep), keep
+    wanted = [label for label, _ in (*branch.in_modes, *branch.out_modes)]
+    matrix = state.permute([have.index(label) for label in wanted]).reshape(branch.in_size, branch.out_size)
+    return flat @ matrix
+
+
+def _kept(branch: Branch, have: tuple[str, ...], labels: list[tuple[str, ...]], index: int) -> tuple[str, ...]:
+    """Labels of the product of the cores up to ``index`` that something behind it reads."""
+    outer = {label for label, _ in (*branch.in_modes, *branch.out_modes)}
+    needed = outer.union(*labels[index + 1 :])
+    return tuple(dict.fromkeys(label for label in (*have, *labels[index]) if label in needed))
+
+
+def _work(branch: Branch, labels: list[tuple[str, ...]]) -> int:
+    """Multiply-adds per token of `_contract`."""
+    sizes, total = branch.sizes(), 0
+    have = [label for label, _ in branch.in_modes]
+    outer = {label for label, _ in branch.out_modes}
+    waiting = list(range(len(labels)))
+    while waiting:
+        chosen = next((index for index in waiting if set(labels[index]) & set(have)), waiting[0])
+        waiting.remove(chosen)
+        joined = tuple(dict.fromkeys((*have, *labels[chosen])))
+        total += prod(sizes[label] for label in joined)
+        needed = outer.union(*(labels[index] for index in waiting))
+        have = [label for label in joined if label in needed]
+    return total
+
+
+def _matrix_work(branch: Branch, labels: list[tuple[str, ...]]) -> float:
+    """Multiply-adds of multiplying the cores; infinite where a label of a batch or an identity makes it no matrix."""
+    sides = [{label for label, _ in modes} for modes in (branch.in_modes, branch.out_modes)]
+    if not labels or sides[0] & sides[1]:
+        return inf
+    sizes, total, have = branch.sizes(), 0, labels[0]
+    for index in range(1, len(labels)):
+        total += prod(sizes[label] for label in dict.fromkeys((*have, *labels[index])))
+        have = _kept(branch, have, labels, index)
+    return total if set(have) == sides[0] | sides[1] else inf
+
+
 def _contract(
     branch: Branch, flat: torch.Tensor, tensors: list[torch.Tensor], labels: list[tuple[str, ...]]
 ) -> torch.Tensor:
@@ -114,7 +165,8 @@ def _contract(
         keep = tuple(dict.fromkeys(label for label in (*have, *labels[chosen]) if label in needed))
         state = _einsum(state, have, tensors[chosen], labels[chosen], keep)
         have = keep
-    return state.permute(*(have.index(label) for label in wanted)).reshape(len(flat), -1)
+    width = prod(size for _, size in branch.out_modes)
+    return state.permute(*(have.index(label) for label in wanted)).reshape(len(flat), width)
 
 
 def _einsum(

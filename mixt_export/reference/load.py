@@ -10,6 +10,8 @@ from torch import nn
 
 from mixt_export.checkpoints import Checkpoint, open_checkpoint
 from mixt_export.errors import CheckpointError, UsageError
+from mixt_export.families.encoders import encoder_of, is_encoder
+from mixt_export.reference.conv1d import features_of
 from mixt_export.reference.linear import linear_module
 from mixt_export.reference.skeleton import build_skeleton
 from mixt_export.reference.tensors import read_tensor, torch_dtype
@@ -21,7 +23,7 @@ _COMPUTED = ("rotary_emb.inv_freq",)
 
 
 def load_reference(model_dir: str | Path, *, dtype: str = "float32", attn: str = "eager") -> nn.Module:
-    """Load ``model_dir`` as transformers' AutoModelForCausalLM in eval mode on the CPU, without gradients.
+    """Load ``model_dir`` as transformers' causal language model, or encoder, in eval mode on the CPU without gradients.
 
     Weights come from the folder's headers-checked store, one tensor at a time; each factorised linear is a module that
     executes its network activation-first (reference.linear; MixT builds its matrix where that is cheaper). ``dtype``:
@@ -36,7 +38,10 @@ def load_reference(model_dir: str | Path, *, dtype: str = "float32", attn: str =
     kind = torch_dtype(dtype)
     checkpoint = open_checkpoint(model_dir)
     model = build_skeleton(checkpoint, dtype=kind, attn=attn)
-    _Filler(checkpoint, model, dtype).fill()
+    filler = _Filler(checkpoint, model, dtype)
+    if is_encoder(checkpoint.config):
+        filler = _EncoderFiller(checkpoint, model, dtype)
+    filler.fill()
     return model
 
 
@@ -66,7 +71,7 @@ class _Filler:
             raise CheckpointError(
                 f"{self.checkpoint.path}: the factorised linear {name!r} is not part of this {self._type()} model."
             ) from error
-        expected = (getattr(old, "in_features", None), getattr(old, "out_features", None))
+        expected = features_of(old)
         if expected != (linear.in_features, linear.out_features):
             raise CheckpointError(
                 f"{self.checkpoint.path}: the factorised linear {name!r} maps {linear.in_features} to "
@@ -128,7 +133,7 @@ class _Filler:
         unexpected = [
             name
             for name in self.checkpoint.store
-            if name not in self.loaded and name != tied and not name.endswith(_COMPUTED)
+            if name not in self.loaded and name != tied and not self._foreign(name)
         ]
         if unexpected:
             raise CheckpointError(
@@ -136,5 +141,26 @@ class _Filler:
                 + (f" (and {len(unexpected) - 1} others)." if len(unexpected) > 1 else ".")
             )
 
+    def _foreign(self, name: str) -> bool:
+        """Whether the stored tensor ``name`` is none of the model's."""
+        return name.endswith(_COMPUTED)
+
     def _type(self) -> str:
         return str(self.checkpoint.config.get("model_type"))
+
+
+class _EncoderFiller(_Filler):
+    """The same for an encoder: in a task model's folder its names carry a prefix, and pooler and head are left out."""
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, dtype: str) -> None:
+        self.prefix = encoder_of(checkpoint.config, checkpoint.store).prefix
+        if self.prefix:
+            model = nn.ModuleDict({self.prefix.removesuffix("."): model})
+        super().__init__(checkpoint, model, dtype)
+
+    def _tied_head(self) -> str | None:
+        return None
+
+    def _foreign(self, name: str) -> bool:
+        inner = name.removeprefix(self.prefix)
+        return not name.startswith(self.prefix) or inner.startswith("pooler.") or inner.endswith("_ids")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixt_export.network import Branch, Core, FactorizedLinear, TensorRef
+from mixt_export.network import Branch, Core, FactorizedLinear, TensorRef, build
 from mixt_export.reference.linear import FactorizedLinear as TorchLinear
 from tests.network.cases import CASES, SPARSE_CASES, Case, identity, random_values
 
@@ -21,14 +21,15 @@ def torch_linear(linear: FactorizedLinear, values: dict[str, np.ndarray]) -> Tor
 
 
 @pytest.mark.parametrize("case", CASES + SPARSE_CASES, ids=identity)
-def test_every_structure_computes_its_matrix(case: Case) -> None:
+@pytest.mark.parametrize("shape", [(2, 3), (2, 500)], ids=["few tokens", "many"])
+def test_every_structure_computes_its_matrix(case: Case, shape: tuple[int, int]) -> None:
     values = random_values(case.linear, 3)
-    x = np.random.default_rng(4).standard_normal((2, 3, case.linear.in_features))
+    x = np.random.default_rng(4).standard_normal((*shape, case.linear.in_features))
     expected = x @ case.matrix(values).T
     if case.linear.bias is not None:
         expected = expected + values[case.linear.bias.name]
     found = torch_linear(case.linear, values)(torch.from_numpy(x)).numpy()
-    assert found.shape == (2, 3, case.linear.out_features)
+    assert found.shape == (*shape, case.linear.out_features)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -42,6 +43,20 @@ def test_a_tensor_named_twice_is_one_parameter() -> None:
     x = np.random.default_rng(1).standard_normal((5, 4))
     expected = x @ values["shared"] @ values["shared"]
     np.testing.assert_allclose(module(torch.from_numpy(x)).numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_do_not_depend_on_how_many_tokens_pass() -> None:
+    """Few tokens go through the cores, many through their matrix: the gradients of the cores add up alike."""
+    linear = build.tensor_train("train", (3, 4, 2), (2, 5, 3), (4, 3), dtype="float64")
+    values = random_values(linear, 5)
+    x = torch.from_numpy(np.random.default_rng(6).standard_normal((400, 24)))
+    gradients = []
+    for parts in (x.split(2), (x,)):
+        module = torch_linear(linear, values).requires_grad_(True)
+        for part in parts:
+            module(part).square().sum().backward()
+        gradients.append([core.grad for core in module.cores])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_low_rank_never_builds_the_dense_matrix() -> None:
