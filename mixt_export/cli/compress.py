@@ -22,6 +22,9 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 
 _DEFAULTS = Settings()
 _LOW_RANK, _MIXT = "Low rank methods", "MixT"
+_TUCKER, _LASER = "Tucker", "LASER"
+_TT = "Tensor trains (tt)"
+_TD_MOE = "Mixture of experts (td-moe)"
 
 
 @app.command()
@@ -33,7 +36,7 @@ def compress(
         str | None,
         typer.Option(
             metavar="BLOCKS",
-            help="last:N, first:N, a list such as 0,3,7-9, or all. Default: all for low rank, last:4 for mixt.",
+            help="last:N, first:N, a list such as 0,3,7-9, or all. Default: last:4 for mixt, tt and laser, else all.",
         ),
     ] = None,
     include: Annotated[
@@ -106,6 +109,92 @@ def compress(
             rich_help_panel=_MIXT,
         ),
     ] = None,
+    whitening: Annotated[
+        str | None,
+        typer.Option(
+            help="What experts' errors are weighed by: none, input, output or both. Default: input.",
+            rich_help_panel=_TD_MOE,
+        ),
+    ] = None,
+    expert_down: Annotated[
+        bool | None,
+        typer.Option(
+            "--expert-down/--no-expert-down",
+            help="Decompose the experts' down projections too. Default: gate and up alone.",
+            rich_help_panel=_TD_MOE,
+        ),
+    ] = None,
+    modes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODES|REGEX=MODES",
+            help="balanced, prime, or input:output modes such as 8x8x9:8x12x16. Repeatable. Default: balanced.",
+            rich_help_panel=_TT,
+        ),
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(help="Cores of modes that are not given, 2 to 12. Default: 3.", rich_help_panel=_TT)
+    ] = None,
+    tt_rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="R|REGEX=R",
+            help="The largest bond. Repeatable. Default: what --keep allows (0.5).",
+            rich_help_panel=_TT,
+        ),
+    ] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the entries, largest first, that are stored beside the train. Default: none.",
+            rich_help_panel=_TT,
+        ),
+    ] = None,
+    tucker_ranks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RANKS|KIND=RANKS",
+            help="R1,R2,R3 of attention heads (or q,s for q·h,q,s), gate-up=R1,R2 or single=R. Repeatable. "
+            "Default: what --keep allows, with the least error.",
+            rich_help_panel=_TUCKER,
+        ),
+    ] = None,
+    tucker_share: Annotated[
+        bool | None,
+        typer.Option(
+            "--tucker-share/--no-tucker-share",
+            help="q, k, v and o share factors, and gate and up. Default: do.",
+            rich_help_panel=_TUCKER,
+        ),
+    ] = None,
+    hooi_sweeps: Annotated[
+        int | None, typer.Option(help="Sweeps of the iteration at most. Default: 50.", rich_help_panel=_TUCKER)
+    ] = None,
+    hooi_tolerance: Annotated[
+        float | None,
+        typer.Option(help="Share of ||W||² below which a sweep is the last. Default: 1e-7.", rich_help_panel=_TUCKER),
+    ] = None,
+    rho: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the full rank that may be kept. Repeatable. Default: 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8.",
+            rich_help_panel=_LASER,
+        ),
+    ] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option(
+            "--search/--no-search",
+            help="Keep only truncations that lower the loss on the texts, or truncate all to --rho. Default: search.",
+            rich_help_panel=_LASER,
+        ),
+    ] = None,
+    search_windows: Annotated[
+        int | None, typer.Option(help="Windows that give the loss. Default: 8.", rich_help_panel=_LASER)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="The search ends then, if not before. Default: 60.", rich_help_panel=_LASER)
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the factors: float32, float16, bfloat16. Default: the model's.")
     ] = None,
@@ -154,6 +243,20 @@ def compress(
         "permute": permute,
         "refine_steps": refine_steps,
         "controls": controls,
+        "whitening": whitening,
+        "expert_down": expert_down,
+        "modes": modes,
+        "cores": cores,
+        "tt_rank": tt_rank,
+        "outliers": outliers,
+        "tucker_ranks": tucker_ranks,
+        "tucker_share": tucker_share,
+        "hooi_sweeps": hooi_sweeps,
+        "hooi_tolerance": hooi_tolerance,
+        "rho": rho,
+        "search": search,
+        "search_windows": search_windows,
+        "minutes": minutes,
     }
     given = everywhere | {name: value for name, value in of_a_family.items() if value is not None}
     if dry_run:
@@ -206,6 +309,12 @@ def _show(report: CompressionReport, output: Path) -> None:
     )
     if report.controls is not None:
         _show_controls(console, report.controls)
+    if report.search is not None:
+        found = report.search
+        console.print(
+            f"loss {found.before:.4f} → {found.after:.4f} nats on the windows searched on, {found.check_before:.4f} → "
+            f"{found.check_after:.4f} on others, {found.trials} trials"
+        )
     console.print(
         f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_rss_bytes / 1e6:.0f} MB; "
         f"every layer is in {output / 'compress_report.json'}"
@@ -220,6 +329,10 @@ def _became(layers: list[LayerReport]) -> Iterator[str]:
         if found:
             low, high = min(found), max(found)
             yield f"{what} {low}" if low == high else f"{what} {low}–{high}"
+    cores = sorted({layer.ranks for layer in layers if layer.ranks is not None})
+    if cores:
+        smallest, largest = ("x".join(map(str, ranks)) for ranks in (cores[0], cores[-1]))
+        yield f"core {smallest}" if len(cores) == 1 else f"cores {smallest}–{largest}"
 
 
 def _show_controls(console: Any, controls: Controls) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,10 @@ from torch import nn
 
 from mixt_export.checkpoints import Checkpoint
 from mixt_export.compression.memory import release_freed
+from mixt_export.compression.stubs import Listen, release, stubbed, stubbed_embeddings
 from mixt_export.errors import CheckpointError, UnsupportedError
+from mixt_export.families import FAMILIES, Decoder, decoder_of
+from mixt_export.reference.conv1d import make_linear
 from mixt_export.reference.skeleton import build_skeleton
 from mixt_export.reference.tensors import read_tensor
 
@@ -30,32 +33,28 @@ _PIECE = 1 << 20
 class BlockwiseModel:
     """The decoder of ``checkpoint`` on the meta device, of which single parts are materialised.
 
-    Raises UnsupportedError when the model has no ``layers``, ``norm`` and embeddings where decoders have them, or
-    scales its embeddings or logits.
+    ``layers``, ``norm``: its blocks and final norm. Conv1D modules (GPT-2) are nn.Linear here. Raises UnsupportedError
+    when the model is of no family this program knows and has no ``layers`` and ``norm`` where decoders have them, or
+    scales its logits.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model: Any = build_skeleton(checkpoint, dtype=torch.float32, attn="sdpa")
+        self._transposed = make_linear(self.model)
         self.base: Any = self.model.base_model
-        if not all(isinstance(getattr(self.base, part, None), nn.Module) for part in ("layers", "norm", "rotary_emb")):
-            raise UnsupportedError(
-                f"{checkpoint.path}: a {checkpoint.config.get('model_type')!r} model cannot be run block by block: "
-                "its decoder has no layers, norm and rotary_emb."
-            )
-        scaling = next((name for name in _SCALINGS if getattr(self.model.config, name, None) not in (None, 1)), None)
-        if scaling is not None:
-            raise UnsupportedError(
-                f"{checkpoint.path}: a {checkpoint.config.get('model_type')!r} model cannot be run block by block: its "
-                f"{scaling} scales embeddings or logits, which is not supported."
-            )
+        known = checkpoint.config.get("model_type") in FAMILIES
+        self._decoder: Decoder | None = decoder_of(checkpoint.config) if known else None
+        self.layers, self.norm = self._parts()
+        inside = {part for layer in self.layers for part in layer.modules()}
+        self._embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m not in inside]
         self._paths: dict[nn.Module, str] = {module: name for name, module in self.model.named_modules()}
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     @property
     def blocks(self) -> int:
         """Number of decoder blocks."""
-        return len(self.base.layers)
+        return len(self.layers)
 
     @property
     def hidden(self) -> int:
@@ -69,24 +68,24 @@ class BlockwiseModel:
 
     def block_path(self, index: int) -> str:
         """Module path of block ``index``, e.g. ``model.layers.0``."""
-        return self._paths[self.base.layers[index]]
+        return self._paths[self.layers[index]]
 
     def linears(self) -> Iterator[str]:
         """Module paths of every nn.Linear of the decoder blocks, in the order of definition."""
         for index in range(self.blocks):
-            for name, module in self.base.layers[index].named_modules():
+            for name, module in self.layers[index].named_modules():
                 if isinstance(module, nn.Linear):
                     yield f"{self.block_path(index)}.{name}"
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block ``index`` with its weights; they are freed on exit. Parameters are shared by ``clone``."""
-        layer: nn.Module = self.base.layers[index]
+        layer = self.layers[index]
         self._materialise(layer)
         try:
             yield layer
         finally:
-            layer.to("meta")
+            release(layer)
             release_freed()
 
     def clone(self, layer: nn.Module) -> nn.Module:
@@ -111,15 +110,22 @@ class BlockwiseModel:
 
         Returns a tensor that shares the memory of ``into``.
         """
-        module = self.model.get_input_embeddings()
-        self._materialise(module)
+        for module in self._embeddings:
+            self._materialise(module)
+        hidden = torch.from_numpy(into)
+        first: list[torch.Tensor] = []
+
+        def keep(index: int, value: torch.Tensor, _kwargs: dict[str, Any]) -> None:
+            if index == 0:
+                first.append(value[0])
+
         try:
-            hidden = torch.from_numpy(into)
-            with torch.no_grad():
+            with self._stubbed(keep):
                 for window, row in enumerate(tokens):
-                    hidden[window] = module(torch.from_numpy(row))
+                    self.base(input_ids=torch.from_numpy(row)[None], use_cache=False)
+                    hidden[window] = first.pop()
         finally:
-            module.to("meta")
+            release(*self._embeddings)
         return hidden
 
     def loss_gradients(
@@ -151,17 +157,53 @@ class BlockwiseModel:
         """
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
-        self._materialise(self.base.norm)
+        self._materialise(self.norm)
         if bool(self.model.config.tie_word_embeddings):
             self._materialise(embedding)
             head.register_parameter("weight", embedding.weight)
         else:
             self._materialise(head)
         try:
-            yield lambda hidden: head(self.base.norm(hidden)).float()
+            yield lambda hidden: self.bounded(head(self.norm(hidden)).float())
         finally:
-            for module in (self.base.norm, embedding, head):
-                module.to("meta")
+            release(self.norm, embedding, head)
+
+    def bounded(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the family does to the product of head and hidden state: scale and softcap."""
+        if self._decoder is None:
+            return logits
+        scaled, cap = logits * self._decoder.logit_scale, self._decoder.logit_softcap
+        return scaled if cap is None else cap * torch.tanh(scaled / cap)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Parameter ``name`` of the model in float32 as its module holds it: (out, in) for every linear."""
+        tensor = read_tensor(self.checkpoint.store, name, "float32")
+        return tensor.T.contiguous() if name in self._transposed else tensor
+
+    def linear_shape(self, name: str) -> tuple[int, ...]:
+        """(out, in) of the stored dense weight of the linear ``name``. Raises CheckpointError when it is missing."""
+        weight = f"{name}.weight"
+        shape = self.checkpoint.store.find(weight).ref.shape
+        return shape[::-1] if weight in self._transposed else shape
+
+    def _parts(self) -> tuple[list[nn.Module], nn.Module]:
+        """Blocks and final norm: by the names of the family, else where most decoders have them."""
+        base, kind = self.base, f"a {self.checkpoint.config.get('model_type')!r} model"
+        if self._decoder is not None:
+            norm = self.model.get_submodule(self._decoder.final_norm.weight.removesuffix(".weight"))
+            return [self.model.get_submodule(block.prefix) for block in self._decoder.blocks], norm
+        if not all(isinstance(getattr(base, part, None), nn.Module) for part in ("layers", "norm", "rotary_emb")):
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {kind} cannot be run block by block: its decoder has no layers, norm and "
+                "rotary_emb."
+            )
+        scaling = next((name for name in _SCALINGS if getattr(self.model.config, name, None) not in (None, 1)), None)
+        if scaling is not None:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {kind} cannot be run block by block: its {scaling} scales embeddings or "
+                "logits, which is not supported."
+            )
+        return list(base.layers), base.norm
 
     def spans(self, tokens: int) -> Iterator[slice]:
         """Slices that cover range(tokens), each of as many tokens as logits may exist for at once."""
@@ -176,36 +218,32 @@ class BlockwiseModel:
         module.requires_grad_(False)
 
     def _read(self, name: str, meta: torch.Tensor) -> torch.Tensor:
-        stored = self.checkpoint.store.find(name).ref
-        if stored.shape != tuple(meta.shape):
+        stored, wanted = self.checkpoint.store.find(name).ref, tuple(meta.shape)
+        wanted = wanted[::-1] if name in self._transposed else wanted
+        if stored.shape != wanted:
             raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name!r} has shape {stored.shape}, config.json asks for "
-                f"{tuple(meta.shape)}."
+                f"{self.checkpoint.path}: tensor {name!r} has shape {stored.shape}, config.json asks for {wanted}."
             )
-        tensor = read_tensor(self.checkpoint.store, name, "float32")
+        tensor = self.stored(name)
         if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), _PIECE)):
             raise CheckpointError(f"{self.checkpoint.path}: tensor {name!r} holds NaN or infinity.")
         return tensor
 
     def _record(self, batch: int, length: int) -> list[dict[str, Any]]:
-        """Run the model's own forward with every block and the norm replaced by a listener."""
+        """Run the model's own forward with blocks, norm and embeddings replaced by stubs, and listen."""
         heard: list[dict[str, Any]] = []
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
 
-        def listen(hidden: torch.Tensor, *_args: Any, **kwargs: Any) -> torch.Tensor:
+        def listen(_index: int, _hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
             heard.append(kwargs)
-            return hidden
 
-        stubbed = [*self.base.layers, self.base.norm]
-        for module in self.base.layers:
-            module.forward = listen
-        self.base.norm.forward = lambda hidden: hidden
-        try:
-            with torch.no_grad():
-                self.base(inputs_embeds=torch.zeros(batch, length, self.hidden), use_cache=False)
-        finally:
-            for module in stubbed:
-                del module.forward
+        with stubbed_embeddings(self._embeddings), self._stubbed(listen):
+            self.base(input_ids=tokens, use_cache=False)
         return heard
+
+    def _stubbed(self, listen: Listen) -> AbstractContextManager[None]:
+        """While open, blocks and norm return what they are given; ``listen`` hears each block's arguments."""
+        return stubbed(self.layers, self.norm, listen)
 
 
 def spans(tokens: int, vocabulary: int) -> Iterator[slice]:

@@ -47,6 +47,75 @@ class MixTOptions:
 
 
 @dataclass(frozen=True)
+class TuckerOptions:
+    """Options of Tucker.
+
+    ``keep``: share of the parameters that every stack without ranks of its own keeps, met within 0.5 %; the ranks are
+    those with the least error. ``tucker_ranks``: (R1, R2, R3) of attention heads, or as on the command line
+    ["64,4,2", "gate-up=300,600", "single=200"]. ``tucker_share``: q, k, v and o share their factors, gate and up
+    theirs; False: every projection has its own. ``hooi_sweeps``, ``hooi_tolerance``: the iteration ends after so many
+    sweeps, or when one gains less than this share of ||W||².
+    """
+
+    keep: float = 0.9
+    tucker_ranks: Sequence[str] | Sequence[int] | str = ()
+    tucker_share: bool = True
+    hooi_sweeps: int = 50
+    hooi_tolerance: float = 1e-7
+
+
+@dataclass(frozen=True)
+class TdMoeOptions:
+    """Options of TD-MoE.
+
+    ``keep``: share of the parameters that every stack of experts keeps, met within 0.5 % where ranks that are multiples
+    of 8 allow it. ``whitening``: what the error is weighed by: statistics of the inputs, of the outputs (inverse),
+    both, or none. ``expert_down``: decompose the downs too, not gates and ups alone.
+    """
+
+    keep: float = 0.8
+    whitening: str = "input"
+    expert_down: bool = False
+
+
+@dataclass(frozen=True)
+class LaserOptions:
+    """Options of LASER.
+
+    ``rho``: shares of the full rank that may be kept. ``search``: choose linears and shares one by one by the loss on
+    the calibration texts, from the last block to the first; False: truncate every targeted linear to the one ``rho``
+    given. ``search_windows``: windows that give the loss; as many others check it at the end. ``minutes``: the search
+    ends at the latest then, with what it has found (the result depends on the machine only if that happens).
+    """
+
+    rho: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+    search: bool = True
+    search_windows: int = 8
+    minutes: float = 60.0
+
+
+@dataclass(frozen=True)
+class TTOptions:
+    """Options of tensor trains.
+
+    ``modes``: "balanced", "prime" or "8x8x9:8x12x16" (input:output), for some linears "REGEX=…"; ``cores``: of modes
+    that are not given. ``tt_rank``: the largest bond, of every linear (8, "8") or of some ("q_proj=8"); ``keep``: share
+    of the parameters that the others keep, outliers included; None: 0.5. ``outliers``: share of the entries, largest
+    first, that are stored beside the train. ``objective``: input-agnostic or anchored (None), see method.OBJECTIVES.
+    ``refine_steps``: of block refinement after the closed form, None: 0; ``controls``: as for MixT.
+    """
+
+    modes: Sequence[str] | str = ()
+    cores: int = 3
+    tt_rank: int | str | Sequence[str] = ()
+    keep: float | None = None
+    outliers: float = 0.0
+    objective: str | None = None
+    refine_steps: int | None = None
+    controls: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """``options``: dataclass of what only this family understands; ``settings``: fields of Settings that only it reads.
 
@@ -83,4 +152,8 @@ FAMILIES = {
         "last:4",
         "mixt_export.compression.tensor_mixture.job:MixTJob",
     ),
+    "tucker": Family(TuckerOptions, (), "all", "mixt_export.compression.tucker.job:TuckerJob"),
+    "td-moe": Family(TdMoeOptions, ("output_damping",), "all", "mixt_export.compression.td_moe.job:TdMoeJob"),
+    "laser": Family(LaserOptions, (), "last:4", "mixt_export.compression.laser.job:LaserJob"),
+    "tt": Family(TTOptions, ("als_sweeps", "als_steps"), "last:4", "mixt_export.compression.tensor_train.job:TTJob"),
 }

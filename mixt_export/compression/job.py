@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from mixt_export.checkpoints import NewTensor, open_checkpoint
-from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.clock import Clock
 from mixt_export.compression.controls import Controls
-from mixt_export.compression.report import BlockReport, LayerReport, TextReport
+from mixt_export.compression.encoder_blocks import blockwise
+from mixt_export.compression.report import BlockReport, LayerReport, SearchReport, TextReport
 from mixt_export.compression.request import Request
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.self_text import SELF, sampled_windows
-from mixt_export.compression.targets import select
+from mixt_export.compression.targets import is_expert, select
 from mixt_export.compression.texts import calibration_windows, default_texts, open_tokenizer
 from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.network import FactorizedLinear
@@ -56,6 +56,7 @@ class Result:
     tensors: list[NewTensor]
     blocks: tuple[BlockReport, ...] = ()
     controls: Controls | None = None
+    search: SearchReport | None = None
 
 
 class Job(ABC):
@@ -73,12 +74,18 @@ class Job(ABC):
             raise UnsupportedError(
                 f"{self.checkpoint.path}: is factorised already; compress the dense model it was made from."
             )
-        self.model = BlockwiseModel(self.checkpoint)
+        self.model = blockwise(self.checkpoint)
         self.targets = tuple(self._select())
         for name in self.targets:
             self.checkpoint.store.find(f"{name}.weight")
+        self._refuse_experts()
         self.check()
         self.texts: tuple[Path | str, ...] = self._texts() if self.needs_tokens else ()
+
+    @property
+    def pairs_tokens(self) -> bool:
+        """Whether a linear's inputs in the dense and in the compressed model are compared token by token."""
+        return False
 
     @property
     @abstractmethod
@@ -127,7 +134,7 @@ class Job(ABC):
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a targeted linear."""
-        out_features, in_features = self.checkpoint.store.find(f"{name}.weight").ref.shape
+        out_features, in_features = self.model.linear_shape(name)
         return out_features, in_features
 
     def dtype(self, name: str) -> str:
@@ -172,6 +179,16 @@ class Job(ABC):
             parts.append(windows)
             reports.append(text)
         return _interleaved(parts), tuple(reports)
+
+    def _refuse_experts(self) -> None:
+        """Raise UnsupportedError for experts of a method that pairs tokens."""
+        expert = next((name for name in self.targets if is_expert(name)), None)
+        if self.pairs_tokens and expert is not None:
+            raise UnsupportedError(
+                f"{expert}: method {self.request.method.name} pairs the tokens a linear reads in the dense and in the "
+                "compressed model, but their routers send tokens to different experts; use --exclude experts, --method "
+                "td-moe, svd-llm or gfw-svd, or for low rank --objective input-aware."
+            )
 
     def _select(self) -> list[str]:
         names = list(self.model.linears())

@@ -44,6 +44,11 @@ class LowRankJob(Job):
         super().__init__(request)
 
     @property
+    def pairs_tokens(self) -> bool:
+        """See Job."""
+        return self._is_sequential
+
+    @property
     def needs_tokens(self) -> bool:
         """See Job."""
         return self.method.fisher or self.objective != "input-agnostic"
@@ -62,16 +67,16 @@ class LowRankJob(Job):
     def scratch_bytes(self) -> int:
         """Factors at full length, Fisher matrices, Grams and block inputs, float32."""
         shapes = [self.shape(name) for name in self.targets]
-        settings, config = self.settings, self.checkpoint.config
+        settings = self.settings
         factors = sum(out_features * in_features for out_features, in_features in shapes)
-        hidden = int(config.get("hidden_size", 0))
+        hidden = self.model.hidden
         stream = settings.windows * settings.window * hidden
         streams = 2 * stream if 4 * stream > IN_MEMORY else 0
         if not self.method.fisher:
             return 4 * (factors + streams)
         squares = sum(out_features**2 + in_features**2 for out_features, in_features in shapes)
         boundary = settings.fisher_windows * settings.window * hidden
-        return 4 * (factors + squares + streams + boundary * int(config.get("num_hidden_layers", 0)))
+        return 4 * (factors + squares + streams + boundary * self.model.blocks)
 
     def check(self) -> None:
         """Raise UsageError for a file of ranks that does not fit."""

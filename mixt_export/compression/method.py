@@ -26,6 +26,10 @@ METHODS = {
     "aa-svd": "mixt_export.compression.methods.aa_svd",
     "svd": "mixt_export.compression.methods.svd",
     "mixt": "mixt_export.compression.methods.mixt",
+    "tt": "mixt_export.compression.methods.tt",
+    "tucker": "mixt_export.compression.methods.tucker",
+    "td-moe": "mixt_export.compression.methods.td_moe",
+    "laser": "mixt_export.compression.methods.laser",
 }
 DEFAULT_METHOD = "gfw-svd"
 

@@ -10,11 +10,14 @@ from mixt_export.compression.controls import Controls
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One targeted linear. ``rank`` of low rank factors, ``terms`` N_T of MixT; both None: it stays dense.
+    """One targeted linear. ``rank`` of low rank factors, ``terms`` N_T of MixT, ``ranks`` of Tucker and
+    of the bonds of a tensor train; all None: dense.
 
     ``output_error``: ||(W - W') x||² / ||W x||² over the calibration tokens the replacement sees; for MixT the mean of
     the tokens' own ratios, before refinement. ``loss_tail``: the objective's estimate of what was thrown away (loss
-    increase in nats per token for gfw-svd, mean squared output error for other low rank methods).
+    increase in nats per token for gfw-svd, mean squared output error for other low rank methods, the measured change
+    of the loss for LASER). Methods that read no text give ||W - W'||² / ||W||² as ``output_error``. Parameters that
+    several linears share are divided among them, in proportion to their dense sizes.
     """
 
     name: str
@@ -27,6 +30,7 @@ class LayerReport:
     rank: int | None = None
     terms: int | None = None
     loss_tail: float | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,21 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class SearchReport:
+    """LASER's search: ``trials`` it made, whether it ``finished`` in its time, and the losses in nats per token.
+
+    ``before``, ``after``: on the windows that it chose by; ``check_before``, ``check_after``: on as many others.
+    """
+
+    trials: int
+    finished: bool
+    before: float
+    after: float
+    check_before: float
+    check_after: float
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """The whole run. ``recipe``: the options of the method's family as they were resolved.
 
@@ -70,6 +89,7 @@ class CompressionReport:
     texts: tuple[TextReport, ...]
     blocks: tuple[BlockReport, ...] = ()
     controls: Controls | None = None
+    search: SearchReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 

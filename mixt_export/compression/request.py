@@ -37,6 +37,24 @@ class Options(TypedDict, total=False):
     refine_steps: int | None
     controls: bool
 
+    modes: Sequence[str] | str
+    cores: int
+    tt_rank: int | str | Sequence[str]
+    outliers: float
+
+    tucker_ranks: Sequence[str] | Sequence[int] | str
+    tucker_share: bool
+    hooi_sweeps: int
+    hooi_tolerance: float
+
+    whitening: str
+    expert_down: bool
+
+    rho: Sequence[float]
+    search: bool
+    search_windows: int
+    minutes: float
+
 
 @dataclass(frozen=True)
 class Request:

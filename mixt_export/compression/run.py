@@ -85,6 +85,7 @@ def _report(job: Job, result: Result) -> CompressionReport:
         texts=result.texts,
         blocks=result.blocks,
         controls=result.controls,
+        search=result.search,
     )
 
 

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from mixt_export.errors import UsageError
 
+_LEAST = {
+    "windows": 1,
+    "window": 2,
+    "fisher_windows": 1,
+    "batch": 1,
+    "term_sweeps": 0,
+    "als_sweeps": 0,
+    "als_steps": 1,
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,6 +25,7 @@ class Settings:
     windows at a time. Dampings are multiples of the mean diagonal added to it: of the input Gram, of the Fisher matrix
     of the output, and of the Gram that the anchored objective inverts. ``rank_floor``: least share of min(m, n) that
     water-filling gives a linear. ``term_sweeps`` and ``term_ridge``: sweeps and ridge of the closed form of MixT.
+    ``als_sweeps`` over the cores of a tensor train, ``als_steps`` of conjugate gradients at each.
     """
 
     windows: int = 64
@@ -27,10 +38,20 @@ class Settings:
     rank_floor: float = 0.1
     term_sweeps: int = 8
     term_ridge: float = 1e-3
+    als_sweeps: int = 4
+    als_steps: int = 8
 
     def __post_init__(self) -> None:
         """Raise UsageError naming the first setting that makes no sense."""
-        for name, least in (("windows", 1), ("window", 2), ("fisher_windows", 1), ("batch", 1), ("term_sweeps", 0)):
+        for name, least in (
+            ("windows", 1),
+            ("window", 2),
+            ("fisher_windows", 1),
+            ("batch", 1),
+            ("term_sweeps", 0),
+            ("als_sweeps", 0),
+            ("als_steps", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be at least {least}.")
         for name in ("input_damping", "output_damping", "anchor_damping", "term_ridge"):

@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 from mixt_export.errors import UsageError
 
 
+def is_expert(name: str) -> bool:
+    """Whether the linear ``name`` (a module path) belongs to one expert of a mixture of experts."""
+    return ".experts." in name
+
+
 def select(linears: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """Names of ``linears`` that some ``include`` matches (all, when none is given) and no ``exclude`` does.
 

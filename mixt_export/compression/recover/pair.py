@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from mixt_export.checkpoints import Checkpoint
+from mixt_export.checkpoints.layout import layer_of
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.texts import open_tokenizer
 from mixt_export.errors import CheckpointError, UsageError
+
+#: How names of the final norm's tensors end.
+_FINAL_NORM = ("norm.weight", "norm.bias", "ln_f.weight", "ln_f.bias")
 
 #: Keys of config.json that do not change what a model computes.
 _INDIFFERENT = {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "architectures"}
@@ -34,13 +37,12 @@ class Pair:
         """Whether tensor ``name`` is a vector of a block in ``blocks`` or behind the last block (the final norm)."""
         ref = self.student.store[name].ref
         index = block_of(name)
-        return len(ref.shape) == 1 and (index in self.blocks if index is not None else name.endswith("norm.weight"))
+        return len(ref.shape) == 1 and (index in self.blocks if index is not None else name.endswith(_FINAL_NORM))
 
 
 def block_of(name: str) -> int | None:
     """The block that a tensor or linear belongs to, by its path; None for embeddings, final norm and head."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return None if found is None else int(found.group(1))
+    return layer_of(name)
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint, model: BlockwiseModel) -> Pair:
@@ -67,7 +69,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, model: BlockwiseModel) 
     linears = tuple(name for name in model.linears() if name in student.factors)
     blocks = sorted({index for index in map(block_of, linears) if index is not None})
     pair = Pair(student, teacher, tuple(blocks), linears)
-    _compare_tensors(pair)
+    _compare_tensors(pair, model)
     return pair
 
 
@@ -94,7 +96,7 @@ def _compare_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
         raise _mismatch(student, teacher, "tokenizer.json differs")
 
 
-def _compare_tensors(pair: Pair) -> None:
+def _compare_tensors(pair: Pair, model: BlockwiseModel) -> None:
     """Everything but factors and trainable vectors must be the same, bit for bit."""
     student, teacher = pair.student, pair.teacher
     factors = {ref.name for linear in student.factors.values() for ref in linear.tensors()}
@@ -119,8 +121,8 @@ def _compare_tensors(pair: Pair) -> None:
     if missing:
         raise _mismatch(student, teacher, f"the student has no tensor {missing[0]!r}")
     for name, linear in student.factors.items():
-        found = teacher.store.refs.get(f"{name}.weight")
-        if found is None or found.shape != (linear.out_features, linear.in_features):
+        dense = f"{name}.weight" in teacher.store
+        if not dense or model.linear_shape(name) != (linear.out_features, linear.in_features):
             raise CheckpointError(f"{teacher.path}: {name!r} is not the linear that {student.path} factorises.")
 
 

@@ -28,11 +28,11 @@ class Tail:
         self._store = pair.student.store
         self._calls = teacher.calls  # masks, positions and rotary embeddings depend on config.json alone
         self._loaded: dict[str, nn.Parameter] = {}
-        model = BlockwiseModel(pair.student)
+        self._model = model = BlockwiseModel(pair.student)
         for name in pair.linears:
             model.model.set_submodule(name, linear_module(pair.student.factors[name], self._load, self._index))
-        self.blocks: list[nn.Module] = list(model.base.layers[self.first :])
-        self.norm: nn.Module = model.base.norm
+        self.blocks: list[nn.Module] = list(model.layers[self.first :])
+        self.norm: nn.Module = model.norm
         for offset, block in enumerate(self.blocks):
             self._fill(block, model.block_path(self.first + offset))
         self._fill(self.norm, path_of(model, self.norm))
@@ -59,7 +59,7 @@ class Tail:
 
     def _load(self, name: str) -> nn.Parameter:
         if name not in self._loaded:
-            self._loaded[name] = nn.Parameter(read_tensor(self._store, name, "float32"), requires_grad=False)
+            self._loaded[name] = nn.Parameter(self._model.stored(name), requires_grad=False)
         return self._loaded[name]
 
     def _index(self, name: str) -> torch.Tensor:
@@ -73,28 +73,33 @@ class Tail:
 
 
 class Head:
-    """The output embedding (vocabulary, features) float32, of which steps use some rows.
+    """The output embedding (vocabulary, features) float32, of which steps use some rows, and its bias if it has one.
 
-    Raises UnsupportedError when it is not a plain matrix.
+    Raises UnsupportedError when it is not a matrix.
     """
 
     def __init__(self, model: BlockwiseModel) -> None:
         head: nn.Module = model.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-            raise UnsupportedError(f"{model.checkpoint.path}: the output embedding is not one matrix without a bias.")
+        if not isinstance(head, nn.Linear):
+            raise UnsupportedError(f"{model.checkpoint.path}: the output embedding is not one matrix.")
         tied = bool(model.model.config.tie_word_embeddings)
         owner: nn.Module = model.model.get_input_embeddings() if tied else head
         self.weight: torch.Tensor = read_tensor(model.checkpoint.store, f"{path_of(model, owner)}.weight", "float32")
+        self.bias = None if head.bias is None else model.stored(f"{path_of(model, head)}.bias")
+        self._bounded = model.bounded
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """(tokens, features) -> (tokens, vocabulary), or only the columns ``rows``."""
-        return nn.functional.linear(hidden, self.weight if rows is None else self.weight[rows])
+        if rows is None:
+            return self._bounded(nn.functional.linear(hidden, self.weight, self.bias))
+        bias = None if self.bias is None else self.bias[rows]
+        return self._bounded(nn.functional.linear(hidden, self.weight[rows], bias))
 
 
 def final_norm(model: BlockwiseModel) -> nn.Module:
     """A copy of the final norm of ``model`` with its weights, float32."""
-    norm = copy.deepcopy(model.base.norm)
-    path = path_of(model, model.base.norm)
+    norm = copy.deepcopy(model.norm)
+    path = path_of(model, model.norm)
     for name, _ in list(norm.named_parameters()):
         values = read_tensor(model.checkpoint.store, f"{path}.{name}", "float32")
         norm.register_parameter(name, nn.Parameter(values, requires_grad=False))

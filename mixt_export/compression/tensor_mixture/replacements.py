@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,18 +19,19 @@ from mixt_export.reference.tensor_mixture import MixTShape, densify
 
 @dataclass(frozen=True)
 class Replacement:
-    """``linear``: the IR; ``parameters``: its tensors by name, float32, trained in place; ``error``: see Moments."""
+    """``linear``: the IR; ``parameters``: its tensors by name, float32, trained in place; ``error``: see Moments.
+
+    ``indices``: rows and columns of a sparse residual by name, int64.
+    """
 
     linear: FactorizedLinear
     parameters: Mapping[str, nn.Parameter]
     error: float
+    indices: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def module(self) -> nn.Module:
         """The module that executes ``linear`` with ``parameters``."""
-        return linear_module(self.linear, self.parameters.__getitem__, self._no_index)
-
-    def _no_index(self, name: str) -> torch.Tensor:
-        raise KeyError(name)  # none of these has a sparse residual
+        return linear_module(self.linear, self.parameters.__getitem__, self.indices.__getitem__)
 
 
 Solve = Callable[[str, nn.Linear, Moments], Replacement]
@@ -54,7 +55,7 @@ def mixt_solver(linears: Mapping[str, FactorizedLinear], settings: Settings) -> 
             start=start,
         )
         error = moments.error(densify(cores, shape))
-        return _replacement(linear, original, cores, error)
+        return replacement(linear, original, cores, error)
 
     return solve
 
@@ -71,20 +72,33 @@ def low_rank_solver(params: Mapping[str, int], settings: Settings) -> Solve:
         found = decompose(target, damped(gram, settings.anchor_damping), None, rank)
         up, down = found.up[:, :rank], found.down[:rank]
         linear = build.low_rank(name, in_features, out_features, rank)
-        return _replacement(linear, original, [down.T, up.T], moments.error(up @ down))
+        return replacement(linear, original, [down.T, up.T], moments.error(up @ down))
 
     return solve
 
 
-def _replacement(linear: FactorizedLinear, original: nn.Linear, cores: list[torch.Tensor], error: float) -> Replacement:
-    """``cores`` in the order of the IR's core tensors, and the bias of ``original`` if it has one."""
+def replacement(
+    linear: FactorizedLinear,
+    original: nn.Linear,
+    cores: Sequence[torch.Tensor],
+    error: float,
+    residual: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> Replacement:
+    """``cores`` in the order of the IR's core tensors, and the bias of ``original`` if it has one.
+
+    ``residual``: rows, columns (nnz,) int64 and values (nnz,) of the sparse residual of ``linear``, where it has one.
+    """
     names = [tensor.name for tensor in linear.core_tensors()]
     parameters = {name: _parameter(core) for name, core in zip(names, cores, strict=True)}
     if original.bias is not None:
         bias = TensorRef(f"{linear.name}.bias", (linear.out_features,), "float32")
         linear = replace(linear, bias=linear.bias or bias)
         parameters[bias.name] = _parameter(original.bias.detach())
-    return Replacement(linear, parameters, error)
+    if linear.sparse is None or residual is None:
+        return Replacement(linear, parameters, error)
+    rows, columns, values = residual
+    parameters[linear.sparse.values.name] = _parameter(values)
+    return Replacement(linear, parameters, error, {linear.sparse.rows.name: rows, linear.sparse.cols.name: columns})
 
 
 def _parameter(values: torch.Tensor) -> nn.Parameter:

@@ -1,0 +1,1 @@
+"""Tensor trains (matrix product operators) of linears: TT-SVD, weighted least squares, outliers beside them."""
