@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 KEEP ?= 0.95
 
-.PHONY: demo test lint bench golden clean
+.PHONY: demo test lint bench kernels golden clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,sample,genai,report,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,sample,genai,report,rtx,kernels,dev]'
 	touch $@
 
 # The README's main job on the real model, then the same question to the original and to the compressed model.
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run
+
+kernels: $(VENV)/.installed  ## compile every kernel, check it with the assembler, compare with the pinned ones
+	$(BIN)/python -m mixt_export.building.kernels
 
 golden: $(VENV)/.installed  ## rewrite graphs/golden after an intended change of lowering
 	MIXT_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/lower/test_golden.py

@@ -45,6 +45,7 @@ REQUIREMENTS = (
     Requirement("matplotlib", "matplotlib", "report"),
     Requirement("tensorrt-rtx-cu13", "tensorrt_rtx", "rtx"),
     Requirement("tensorrt", "tensorrt", "trt"),
+    Requirement("triton", "triton", "kernels"),
 )
 
 #: Processor features that decide how fast ONNX Runtime's kernels are (x86 and ARM names of /proc/cpuinfo).

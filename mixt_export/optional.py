@@ -14,6 +14,7 @@ _EXTRA_OF = {
     "onnxruntime_genai": "genai",
     "tensorrt_rtx": "rtx",
     "tensorrt": "trt",
+    "triton": "kernels",
     "matplotlib": "report",
 }
 

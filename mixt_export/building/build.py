@@ -45,6 +45,7 @@ class BuildReport:
     layers: int
     seconds: float
     log_memory: dict[str, Any]
+    kernels: str = ""
 
 
 def installed_backend() -> str:
@@ -105,6 +106,7 @@ def build_engine(
         layers=facts["layers"],
         seconds=facts["seconds"],
         log_memory=facts["log_memory"],
+        kernels=facts["kernels"],
     )
 
 

@@ -33,7 +33,9 @@ def write_bundle(folder: Path) -> Path:
     Raises UsageError when the folder was not exported for target trt or its profiles contradict themselves.
     """
     device = folder / DEVICE_FOLDER
-    shutil.copytree(bundle_folder(), device, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    # Sources of kernels stay here: a board gets them compiled, see kernels.carry_kernels.
+    left = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(bundle_folder(), device, ignore=left, dirs_exist_ok=True)
     for name in _SHARED:
         shutil.copyfile(resource("runtimes") / name, device / Path(name).name)
     manifest_module = toolkit("manifest")

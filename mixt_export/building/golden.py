@@ -105,10 +105,13 @@ def _continued(model: TorchModel, prompt: Ids, steps: int) -> Ids:
 
 def _run(model: TorchModel, tokens: Ids) -> _Run:
     import torch
+    from transformers import DynamicCache
 
     logits, blocks = model.hidden(tokens)
-    with torch.inference_mode():
-        output = model.model(input_ids=torch.from_numpy(tokens[None, :].copy()), use_cache=True)
+    with torch.inference_mode():  # a cache made by the model itself forgets what a sliding window has passed
+        output = model.model(
+            input_ids=torch.from_numpy(tokens[None, :].copy()), past_key_values=DynamicCache(), use_cache=True
+        )
     layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
     norms = [[part[0].float().square().sum(dim=(0, 2)).sqrt().numpy() for part in layer] for layer in layers]
     hidden = np.stack([np.linalg.norm(block.astype(np.float64), axis=-1) for block in blocks])

@@ -65,6 +65,7 @@ def build(
         f"{report.claim}, version {report.library}: {report.layers} network layers, engine "
         f"{report.nbytes / 1e6:.1f} MB, {report.seconds:.1f} s"
     )
+    typer.echo(report.kernels)
     weights = report.log_memory["weights_bytes"]
     typer.echo(
         f"what the library printed for this target (not the memory of a Jetson): weights "

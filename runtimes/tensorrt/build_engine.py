@@ -20,7 +20,9 @@ from mixt_trt.backends import BACKENDS, Backend, backend_named, chosen_target, l
 from mixt_trt.builder import BuildSettings, build
 from mixt_trt.cuda import open_cuda
 from mixt_trt.errors import NotSupportedError, TrtError
-from mixt_trt.manifest import Manifest, check_files, merged, read_manifest, relaxed
+from mixt_trt.kernel_files import FOLDER as KERNELS
+from mixt_trt.manifest import Manifest, check_files, merged, read_manifest
+from mixt_trt.plugins import use_kernels
 from mixt_trt.stamp import claim, write_engine
 from mixt_trt.trtexec import trtexec_command
 
@@ -57,6 +59,7 @@ def main(arguments: list[str] | None = None, *, module: Any = None, cuda: Any = 
     )
     parser.add_argument("--hardware-compatible", action="store_true", help="an engine for every GPU from Ampere on")
     parser.add_argument("--layer-outputs", action="store_true", help="a second engine, for check_parity.py --layers")
+    parser.add_argument("--no-kernels", action="store_true", help="build every operator from standard ones")
     parser.add_argument("--print-trtexec", action="store_true", help="print the trtexec command instead of building")
     parser.add_argument("--events", action="store_true", help="progress and result as JSON lines on stdout")
     options = parser.parse_args(arguments)
@@ -93,16 +96,20 @@ def _run(options: argparse.Namespace, module: Any, cuda: Any) -> int:
         print(trtexec_command(manifest.tensorrt, profiles, workspace))
         return 0
     backend = backend_named(options.backend)
-    if not backend.fixed_lengths:
-        profiles = tuple(map(relaxed, profiles))
+    given = {"--hardware-compatible": options.hardware_compatible, "--timing-cache": options.timing_cache is not None}
+    for option, why in backend.unsupported.items():
+        if given[option]:
+            raise NotSupportedError(f"{option}: {backend.label} does not support it: {why}; leave it out.")
     module = module or load_backend(backend)
     target = chosen_target(backend, module, options.sm)
-    if options.hardware_compatible and backend.chooses_target:
-        raise NotSupportedError(f"--hardware-compatible: {backend.label} does not support it; leave it out.")
     if options.timing_cache is not None and options.timing_cache.is_dir():
         raise TrtError(f"--timing-cache {options.timing_cache}: is a folder; name a file.")
     check_files(manifest)
     sm = target if target is not None else (cuda or open_cuda()).compute_capability()
+    operators: tuple[str, ...] = ()
+    kernels = "compiled kernels are switched off"
+    if not options.no_kernels:
+        operators, kernels = use_kernels(module, folder / "device" / KERNELS)
     settings = BuildSettings(
         profiles=profiles,
         target=target,
@@ -111,23 +118,28 @@ def _run(options: argparse.Namespace, module: Any, cuda: Any) -> int:
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
         layer_outputs=layer_output_names(manifest) if options.layer_outputs else (),
+        kernels=operators,
     )
     with _interrupts() as stopped:
         built = build(module, manifest.graph, settings, _Reporter(options.events), stopped)
     library = str(module.__version__)
     path = write_engine(manifest, backend, library, sm, settings, built)
-    _conclude(options, backend, library, sm, path, built)
+    _conclude(options, backend, library, sm, path, built, kernels)
     return 0
 
 
-def _conclude(options: argparse.Namespace, backend: Backend, library: str, sm: int, path: Path, built: Any) -> None:
+def _conclude(
+    options: argparse.Namespace, backend: Backend, library: str, sm: int, path: Path, built: Any, kernels: str
+) -> None:
     if options.events:
         _event(
             engine=str(path), claim=claim(backend, sm), library=library, sm=sm, bytes=int(built.plan.nbytes),
-            layers=built.layers, seconds=built.seconds, log_memory=built.figures,
+            layers=built.layers, seconds=built.seconds, log_memory=built.figures, kernels=kernels,
         )  # fmt: skip
         return
-    print(f"{claim(backend, sm)} {library}: {path} ({built.plan.nbytes / 1e6:.1f} MB, {built.seconds:.1f} s)")
+    print(
+        f"{claim(backend, sm)} {library}: {path} ({built.plan.nbytes / 1e6:.1f} MB, {built.seconds:.1f} s); {kernels}"
+    )
 
 
 def _event(**facts: Any) -> None:

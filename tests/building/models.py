@@ -23,7 +23,7 @@ def _chain(name: str, inside: int, outside: int) -> FactorizedLinear:
 
 def _tucker_heads(name: str, inside: int, outside: int) -> FactorizedLinear | None:
     stem, _, last = name.rpartition(".")
-    if not stem.endswith("self_attn"):
+    if last not in ("q_proj", "o_proj"):  # the four query heads share two heads of keys and values
         return None
     return build.tucker_heads(name, last[0], 48, 4, 16, (20, 9, 3), shared=f"{stem}.tucker")
 
@@ -40,7 +40,7 @@ STRUCTURES: dict[str, Make] = {
 
 def write_structure(folder: Path, structure: str, *, layers: int = 1) -> Path:
     """Write a model of ``layers`` blocks with random cores of ``structure`` below ``folder``; returns its folder."""
-    base = write_tiny(folder / "base", num_hidden_layers=layers, num_key_value_heads=4)
+    base = write_tiny(folder / "base", num_hidden_layers=layers)
     make = STRUCTURES[structure]
     source = open_checkpoint(base)
     rng = np.random.default_rng(3)

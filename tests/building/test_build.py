@@ -21,7 +21,7 @@ from tests.tiny import write_tiny
 
 FACTS = (
     '{"engine": "/e", "claim": "c", "library": "1", "sm": 86, "bytes": 9, "layers": 3, "seconds": 0.5, '
-    '"log_memory": {"weights_bytes": 7, "profiles": []}}'
+    '"log_memory": {"weights_bytes": 7, "profiles": []}, "kernels": "no kernels"}'
 )
 
 
@@ -41,6 +41,7 @@ def test_the_report_is_the_last_event(process: Any) -> None:
     report = build_engine("out", backend="rtx")
     assert (report.engine, report.sm, report.nbytes) == (Path("/e"), 86, 9)
     assert report.log_memory == {"weights_bytes": 7, "profiles": []}
+    assert report.kernels == "no kernels"
 
 
 def test_options_reach_the_script(process: Any) -> None:
@@ -149,6 +150,7 @@ def test_cli_says_what_was_shown_and_what_not(
     said = capsys.readouterr().out
     assert said.startswith("parsed and compiled by TensorRT-RTX (SM86 proxy), version 1")
     assert "not the memory of a Jetson" in said and "profile 0: activation 2.5 MB" in said and "wrote /e" in said
+    assert "no kernels" in said
 
 
 @pytest.mark.parametrize(

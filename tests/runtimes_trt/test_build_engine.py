@@ -233,6 +233,8 @@ def test_bad_folders(folder: Path, board: Any, capsys: pytest.CaptureFixture[str
         (["--workspace", "²"], 2, "--workspace ²"),
         (["--workspace", "9999999999999G"], 2, "--workspace 9999999999999G"),
         (["--timing-cache", "/"], 2, "--timing-cache /: is a folder"),
+        (["--backend", "rtx", "--timing-cache", "t"], 4, "--timing-cache: TensorRT-RTX does not support it: it times"),
+        (["--backend", "rtx", "--hardware-compatible"], 4, "--hardware-compatible: TensorRT-RTX does not support it"),
     ],
 )
 def test_bad_options(

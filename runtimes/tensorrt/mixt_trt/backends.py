@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,7 @@ RTX_REQUIREMENT = "tensorrt-rtx-cu13==1.7.1.116"
 class Backend:
     """One library. ``chooses_target``: it builds for a named compute capability and needs no GPU to do so.
 
-    ``fixed_lengths``: its compiler takes profiles that fix the number of new tokens at one. That of TensorRT-RTX 1.7.1
-    fails on some tensor trains there (Myelin: CHECK(new_stride_order[i1] != new_stride_order[i2])); 1 to 2 it takes.
+    ``unsupported``: options of build_engine.py that it has no use for, with what it does instead.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Backend:
     label: str
     install: str
     chooses_target: bool
-    fixed_lengths: bool
+    unsupported: Mapping[str, str]
 
 
 BACKENDS = {
@@ -37,7 +37,7 @@ BACKENDS = {
             "on a Jetson `sudo apt-get install python3-libnvinfer libnvonnxparsers-dev` (JetPack), on a workstation "
             "`pip install tensorrt`",
             chooses_target=False,
-            fixed_lengths=True,
+            unsupported={},
         ),
         Backend(
             "rtx",
@@ -45,7 +45,10 @@ BACKENDS = {
             "TensorRT-RTX",
             f"`pip install {RTX_REQUIREMENT}`",
             chooses_target=True,
-            fixed_lengths=False,
+            unsupported={
+                "--hardware-compatible": "its engines are for the compute capabilities they were built for",
+                "--timing-cache": "it times nothing while building and would neither read nor write the file",
+            },
         ),
     )
 }

@@ -34,6 +34,7 @@ class BuildSettings:
 
     ``workspace``: bytes, None for the library's default. ``timing_cache``: file that is read and extended; libraries
     without timing caches leave it alone. ``layer_outputs``: tensors that become outputs besides those of the graph.
+    ``kernels``: operators that compiled kernels execute; their plugins are registered already.
     """
 
     profiles: tuple[Profile, ...]
@@ -43,6 +44,7 @@ class BuildSettings:
     version_compatible: bool = False
     hardware_compatible: bool = False
     layer_outputs: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -167,18 +167,6 @@ def _each(choose: Callable[[Iterable[int]], int], shapes: list[Shape]) -> Shape:
     return tuple(choose(sizes) for sizes in zip(*shapes, strict=True))
 
 
-def relaxed(profile: Profile) -> Profile:
-    """``profile``, but where it fixes the number of new tokens at one it admits two; still tuned for one."""
-    (low, tuned, (batch, new)), mask = profile.inputs["input_ids"], profile.inputs["attention_mask"]
-    if new != 1:
-        return profile
-    wider = {
-        "input_ids": (low, tuned, (batch, 2)),
-        "attention_mask": (*mask[:2], (batch, mask[2][1] + 1)),
-    }
-    return Profile(profile.name, {**profile.inputs, **wider})
-
-
 def digest(path: Path) -> str:
     """SHA-256 of a file. Raises TrtError when it cannot be read."""
     try:

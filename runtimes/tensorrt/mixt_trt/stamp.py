@@ -84,6 +84,7 @@ def write_engine(
             "dtype": manifest.dtype,
             "profiles": [profile.as_dict() for profile in settings.profiles],
             "layer_outputs": list(settings.layer_outputs),
+            "kernels": list(settings.kernels),
             "workspace_bytes": settings.workspace,
             "engine": {"file": ENGINE_FILE, "bytes": size, "sha256": digest(staging / ENGINE_FILE)},
             "network_layers": built.layers,
