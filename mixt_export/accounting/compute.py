@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixt_export.accounting.forms import Cost, dense_cost, forms_of
 from mixt_export.accounting.methods import Variant
-from mixt_export.families.wiring import Decoder, Linear
+from mixt_export.families.wiring import Decoder, Linear, Mlp, MoeMlp
 from mixt_export.network import FactorizedLinear
 
 #: A backward pass multiplies twice per product of the forward pass: for the input's and for the weight's gradient.
@@ -18,7 +18,8 @@ TRAINING_FACTOR = 3
 class FormCosts:
     """A model with every replaced linear in one form. ``runs``: it can be executed; False for mere counts.
 
-    ``linears``: name -> cost of every linear of the blocks; one that is not replaced, or lacks the form, is dense.
+    ``linears``: name -> cost of every linear of the blocks; one that is not replaced, or lacks the form, is dense. An
+    expert's multiply-adds are those of an average token: the share of the experts that it chooses.
     ``head``: multiply-adds per token of the output head.
     """
 
@@ -71,10 +72,17 @@ def _sizes(linear: FactorizedLinear) -> object:
     return linear.in_features, linear.out_features, branches
 
 
+def _chosen(cost: Cost, mlp: Mlp) -> Cost:
+    """``cost`` per token of an MLP's linear: of an expert, in the share of experts that a token chooses."""
+    if not isinstance(mlp, MoeMlp):
+        return cost
+    return replace(cost, macs=cost.macs * mlp.top_k // len(mlp.experts))
+
+
 def _in_form(decoder: Decoder, found: Mapping[str, Mapping[str, Cost]], form: str, runs: bool) -> FormCosts:
-    linears = {
-        linear.name: found.get(linear.name, {}).get(form) or dense_cost(linear.in_features, linear.out_features)
-        for block in decoder.blocks
-        for linear in block.linears
-    }
+    linears = {}
+    for block in decoder.blocks:
+        for linear in block.linears:
+            cost = found.get(linear.name, {}).get(form) or dense_cost(linear.in_features, linear.out_features)
+            linears[linear.name] = _chosen(cost, block.mlp) if linear.name.startswith(f"{block.prefix}.mlp.") else cost
     return FormCosts(linears, decoder.vocab_size * decoder.hidden_size, runs)

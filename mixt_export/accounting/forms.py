@@ -8,7 +8,7 @@ from itertools import pairwise
 from mixt_export.accounting.support import cropped_macs, nonzeros
 from mixt_export.network import FactorizedLinear, best_orders, macs
 from mixt_export.network.order import steps
-from mixt_export.plan import Form, Mixture, Window, mixt_forms
+from mixt_export.plan import MixtForm, Mixture, Window, mixt_forms
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _equal(partition: tuple[int, ...]) -> bool:
     return all(count == partition[0] for count in partition[:-1]) and partition[-1] <= partition[0]
 
 
-def _workspace(form: Form) -> int:
+def _workspace(form: MixtForm) -> int:
     """Numbers per token of the buffers between input and output; the sum of the windows so far is the output's own."""
     if form.dense:
         return 0
@@ -73,7 +73,7 @@ def _workspace(form: Form) -> int:
     return max(peaks) - form.out_features
 
 
-def _buffers(form: Form, window: Window) -> list[int]:
+def _buffers(form: MixtForm, window: Window) -> list[int]:
     """Sizes of what one window makes after another: fitted input, moved input, product, moved product, fitted."""
     moved = window.right > 1
     buffers = [window.in_size] * (window.in_size != form.in_features)

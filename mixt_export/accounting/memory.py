@@ -9,11 +9,11 @@ that an unfused attention holds. Not counted: the runtime itself, its allocator'
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixt_export.accounting.compute import FormCosts
 from mixt_export.accounting.parameters import Parameters
-from mixt_export.families.wiring import Block, Decoder, Linear
+from mixt_export.families.wiring import Block, Decoder, Linear, MoeMlp
 
 #: Format of weights, activations and cache -> bytes of an element.
 ITEM_BYTES = {"float32": 4, "float16": 2}
@@ -87,22 +87,36 @@ def _peak(block: Iterable[_Step]) -> tuple[int, str]:
 
 def _block_steps(decoder: Decoder, block: Block, costs: FormCosts) -> list[_Step]:
     """Operations in the order they run; additions to the residual and products are written over an input."""
-    hidden = decoder.hidden_size
+    hidden, attention = decoder.hidden_size, block.attention
+    # A mixture of experts has a row for every expert that a token chooses, all experts' rows together.
+    mlp, rows = (block.mlp.experts[0], block.mlp.top_k) if isinstance(block.mlp, MoeMlp) else (block.mlp, 1)
+    shared = block.parallel and block.mlp_norm is None
+    read_first = ["input_norm"] if block.attention_norm is not None else []
+    read_then = ["post_attention_norm"] if block.mlp_norm is not None else read_first if shared else []
 
-    def linear(name: str, layer: Linear, ends: Sequence[str] = ()) -> _Step:
-        return _Step(name, layer.out_features, ends, costs.linears[layer.name].workspace)
+    def linears(layers: Sequence[Linear], read: Sequence[str], rows: int = 1) -> tuple[list[_Step], list[str]]:
+        """Linears of one input, which dies after the last; their names."""
+        names = [layer.name.rsplit(".", 1)[-1] for layer in layers]
+        ends = [*([()] * (len(layers) - 1)), tuple(read)]
+        made = zip(names, layers, ends, strict=True)
+        return [
+            _Step(name, rows * layer.out_features, end, rows * costs.linears[layer.name].workspace)
+            for name, layer, end in made
+        ], names
 
+    projections, heads = linears(attention.qkv, () if shared else read_first)
+    inner = [layer for layer in mlp.linears if layer not in mlp.writers]
+    widening, gates = linears(inner, read_then, rows)
+    output, out = linears([attention.o], ())
+    narrowing, down = linears(mlp.writers, (), rows)
     return [
         _Step("residual", hidden),
-        _Step("input_norm", hidden),
-        linear("q_proj", block.q),
-        linear("k_proj", block.k),
-        linear("v_proj", block.v, ["input_norm"]),
-        _Step("attention", block.o.in_features, ["q_proj", "k_proj", "v_proj"]),
-        linear("o_proj", block.o, ["attention", "o_proj"]),
-        _Step("post_attention_norm", hidden),
-        linear("gate_proj", block.gate),
-        linear("up_proj", block.up, ["post_attention_norm"]),
-        _Step("activation", block.gate.out_features, ["gate_proj", "up_proj"]),
-        linear("down_proj", block.down, ["activation", "down_proj"]),
+        *(_Step(name, hidden) for name in read_first),
+        *projections,
+        _Step("attention", attention.o.in_features, heads),
+        replace(output[0], ends=("attention", *out)),
+        *(_Step(name, hidden) for name in read_then if not shared),
+        *widening,
+        _Step("activation", rows * mlp.writers[0].in_features, gates),
+        replace(narrowing[0], ends=("activation", *down)),
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from mixt_export.accounting.methods import Variant
-from mixt_export.families.wiring import Block, Decoder, Linear
+from mixt_export.families.wiring import Block, Decoder, Linear, MoeMlp, Norm
 
 GROUP = 128
 """Values along the last axis of a matrix that share one float16 scale in the integer formats."""
@@ -42,9 +42,9 @@ def count(decoder: Decoder, variant: Variant) -> Parameters:
     """Parameters of ``decoder`` with the linears of ``variant`` replaced; norms and biases are the vectors."""
     return Parameters(
         linears=sum(weights(linear, variant) for block in decoder.blocks for linear in block.linears),
-        embedding=decoder.vocab_size * decoder.hidden_size,
+        embedding=sum(prod(shape) for shape in _tables(decoder)),
         head=0 if decoder.head is None else decoder.head.in_features * decoder.head.out_features,
-        vectors=sum(size for block in decoder.blocks for size in _vectors(decoder, block)) + decoder.hidden_size,
+        vectors=sum(size for block in decoder.blocks for size in _vectors(decoder, block)) + _ends(decoder),
     )
 
 
@@ -64,7 +64,7 @@ def matrices(linear: Linear, variant: Variant) -> list[tuple[int, ...]]:
 def storage(decoder: Decoder, variant: Variant) -> dict[str, int]:
     """Bytes of all parameters by format: matrices in the format, vectors (norms, biases) in at least 16 bits."""
     shapes = [shape for block in decoder.blocks for linear in block.linears for shape in matrices(linear, variant)]
-    shapes.append((decoder.vocab_size, decoder.hidden_size))
+    shapes += _tables(decoder)
     if decoder.head is not None:
         shapes.append((decoder.head.out_features, decoder.head.in_features))
     vectors = count(decoder, variant).vectors
@@ -81,6 +81,27 @@ def _bits(shape: tuple[int, ...], bits: int, grouped: bool) -> int:
 
 
 def _vectors(decoder: Decoder, block: Block) -> Iterator[int]:
-    yield 2 * decoder.hidden_size
-    yield sum(decoder.head_dim for norm in (block.q_norm, block.k_norm) if norm is not None)
+    yield sum(_norm(norm, decoder.hidden_size) for norm in block.norms)
+    if isinstance(block.mlp, MoeMlp):  # a router stays as it is, like a vector
+        yield block.mlp.router.in_features * block.mlp.router.out_features
+    attention, dim = block.attention, decoder.head_dim
+    for norm, heads in ((attention.q_norm, decoder.heads), (attention.k_norm, decoder.kv_heads)):
+        if norm is not None:
+            yield _norm(norm, dim * heads if attention.norm_all_heads else dim)
     yield sum(linear.out_features for linear in block.linears if linear.bias)
+
+
+def _norm(norm: Norm, features: int) -> int:
+    return features if norm.bias is None else 2 * features
+
+
+def _tables(decoder: Decoder) -> list[tuple[int, ...]]:
+    """Embeddings of tokens, and of positions where they are learned."""
+    rows = [decoder.vocab_size, *([] if decoder.positions is None else [decoder.positions.rows])]
+    return [(count, decoder.hidden_size) for count in rows]
+
+
+def _ends(decoder: Decoder) -> int:
+    """Vectors behind the last block: final norm, and the head's bias."""
+    bias = decoder.vocab_size if decoder.head is not None and decoder.head.bias else 0
+    return _norm(decoder.final_norm, decoder.hidden_size) + bias

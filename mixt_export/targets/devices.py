@@ -1,10 +1,12 @@
 """The devices TensorRT folders are made for, as data with sources. Nothing here was measured by this project.
 
-Not every source could be opened when the table was made: check the figures of a row before relying on them.
+Every source says how it was checked: "excerpt read" (a stored copy of part of the page), or "not opened" (as cited by
+others). Check the row of your board before relying on it.
 
 ``visible`` is what the operating system reports as total memory (on Jetson less than the module's nominal size, because
 firmware and carve-outs take their share); ``reserved`` is what we leave to a headless system. Tensor throughput is
-dense float16, derived on Jetson Orin from NVIDIA's sparse INT8 figures (half for dense, half again for float16).
+dense float16, derived on Jetson Orin from NVIDIA's sparse INT8 figures (half for dense, half again for float16; whether
+accumulating in float32 halves it once more, as on GeForce of the same generation, is not known).
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixt_export.errors import UsageError
+from mixt_export.plan.gpu import Gpu
 
-GIB, GB = 1 << 30, 10**9
+MIB, GIB, GB = 1 << 20, 1 << 30, 10**9
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class JetPack:
 class Device:
     """A board or card. Memory in bytes, bandwidth in bytes/s, ``flops`` dense float16 tensor operations per second.
 
+    ``cache``: bytes of the GPU's second-level cache; ``processors``: its streaming multiprocessors.
     ``unified``: the GPU uses system memory, so the operating system, the builder and the engine share it. ``jetpacks``
     lists the generations that run on it, the default first; empty for a desktop card, which takes dialect trt11.
     """
@@ -42,6 +46,8 @@ class Device:
     reserved: int
     bandwidth: float
     flops: float
+    cache: int
+    processors: int
     jetpacks: tuple[int, ...]
     sources: tuple[str, ...]
 
@@ -55,17 +61,22 @@ class Device:
         """Bytes left for building and running an engine."""
         return self.visible - self.reserved
 
+    def gpu(self, itemsize: int = 2) -> Gpu:
+        """The model by which forms are chosen and times are told, for weights and activations of ``itemsize`` bytes."""
+        return Gpu(self.name, self.bandwidth, self.flops, self.cache, self.processors, itemsize)
+
 
 JETPACKS = {
     pack.number: pack
     for pack in (
         JetPack(
             6, "trt10", "10.3", "6.1",
-            "https://docs.pytorch.org/TensorRT/v2.6.1/_sources/getting_started/jetpack.rst.txt",
+            "https://docs.pytorch.org/TensorRT/v2.6.1/_sources/getting_started/jetpack.rst.txt (excerpt read)",
         ),
         JetPack(
             7, "trt11", "10.16", "7.2",
-            "https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/api/migration/tensorrt-10x-to-11x-jetson.html",
+            "https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/api/migration/tensorrt-10x-to-11x-jetson.html "
+            "(excerpt read)",
         ),
     )
 }  # fmt: skip
@@ -73,68 +84,85 @@ JETPACKS = {
 #: Without a board or a JetPack: what every TensorRT from 10.3 on reads.
 DEFAULT_JETPACK = 6
 
-_MODULES = "https://developer.nvidia.com/embedded/jetson-modules"
+#: Whose figures choose the forms of an export that names no board: the Orins differ little in operations per byte.
+DEFAULT_BOARD = "agx-orin-64gb"
+
+_MODULES = "https://developer.nvidia.com/embedded/jetson-modules (not opened)"
 _ORIN_BRIEF = (
-    "https://www.nvidia.com/content/dam/en-zz/Solutions/gtcf21/jetson-orin/nvidia-jetson-agx-orin-technical-brief.pdf"
+    "https://www.nvidia.com/content/dam/en-zz/Solutions/gtcf21/jetson-orin/nvidia-jetson-agx-orin-technical-brief.pdf "
+    "(not opened; summary http://mzph.cn/web/30785.shtml: 16 SM, 4 MB L2, 170 sparse INT8 TOPS, excerpt read)"
 )
-_JETPACK_7_ON_ORIN = "https://wiki.seeedstudio.com/deploy_tensorrt_edge_llm_on_jetpack7.2/"
+_JETPACK_7_ON_ORIN = "https://wiki.seeedstudio.com/deploy_tensorrt_edge_llm_on_jetpack7.2/ (not opened)"
 _HEADLESS = "reserved: our assumption for a headless system without a desktop"
+_DESKTOP = "reserved: our assumption for driver and desktop"
+_SAME_CACHE = "cache: that of the AGX Orin, an assumption"
 
 DEVICES = {
     device.name: device
     for device in (
         Device(
-            "orin-nano-8gb", "Jetson Orin Nano 8GB", "8.7", int(7.4 * GIB), GIB, 68 * GB, 10e12, (6, 7),
+            "orin-nano-8gb", "Jetson Orin Nano 8GB", "8.7", int(7.4 * GIB), GIB, 68 * GB, 10e12, 4 * MIB, 8, (6, 7),
             (
                 _MODULES, _JETPACK_7_ON_ORIN,
-                "https://github.com/ace-step/ACE-Step-1.5/issues/1192 (7.4 GB visible)",
-                "15 W mode: 68 GB/s, 625 MHz, 40 sparse INT8 TOPS; the Super modes of JetPack 6.2 reach 102 GB/s",
-                _HEADLESS,
+                "https://github.com/ace-step/ACE-Step-1.5/issues/1192 (7.4 GB visible; not opened)",
+                "15 W mode: 68 GB/s, 625 MHz, 8 SM, 40 sparse INT8 TOPS; the Super modes of JetPack 6.2 reach 102 GB/s "
+                "and 67: https://www.brojogopalsapui.com/ai-foundations/sub_contents/AI_hardware/"
+                "jetson_orin_nano_light.html (excerpt read)",
+                _SAME_CACHE, _HEADLESS,
             ),
         ),
         Device(
-            "orin-nx-16gb", "Jetson Orin NX 16GB", "8.7", int(15.3 * GIB), int(1.2 * GIB), 102.4 * GB, 15e12, (6, 7),
+            "orin-nx-16gb", "Jetson Orin NX 16GB", "8.7", int(15.3 * GIB), int(1.2 * GIB), 102.4 * GB, 15e12, 4 * MIB,
+            8, (6, 7),
             (
-                _MODULES, _JETPACK_7_ON_ORIN, "https://www.techpowerup.com/gpu-specs/jetson-orin-nx-16-gb.c4086",
-                "visible: 16 GiB less the same share for carve-outs as on the AGX Orin (an estimate)",
-                "918 MHz, 60 of its 100 sparse INT8 TOPS are the GPU's", _HEADLESS,
+                _MODULES, _JETPACK_7_ON_ORIN,
+                "https://www.techpowerup.com/gpu-specs/jetson-orin-nx-16-gb.c4086 (not opened)",
+                "visible: 16 GiB less the same share for carve-outs as on the AGX Orin, an estimate",
+                "918 MHz, 60 of its 100 sparse INT8 TOPS are the GPU's", _SAME_CACHE, _HEADLESS,
             ),
         ),
         Device(
-            "agx-orin-64gb", "Jetson AGX Orin 64GB", "8.7", 62841 << 20, int(1.5 * GIB), 204.8 * GB, 42.5e12, (6, 7),
+            "agx-orin-64gb", "Jetson AGX Orin 64GB", "8.7", 62841 << 20, int(1.5 * GIB), 204.8 * GB, 42.5e12, 4 * MIB,
+            16, (6, 7),
             (
                 _MODULES, _ORIN_BRIEF, _JETPACK_7_ON_ORIN,
-                "https://github.com/rollthecloudinc/hedge/issues/303 (tegrastats: 62841 MB)",
+                "https://github.com/rollthecloudinc/hedge/issues/303 (tegrastats: 62841 MB; not opened)",
                 "1.3 GHz, 170 of its 275 sparse INT8 TOPS are the GPU's", _HEADLESS,
             ),
         ),
         Device(
-            "agx-thor", "Jetson AGX Thor (T5000, 128GB)", "11.0", 122 * GIB, 2 * GIB, 273 * GB, 258e12, (7,),
+            "agx-thor", "Jetson AGX Thor (T5000, 128GB)", "11.0", 122 * GIB, 2 * GIB, 273 * GB, 258e12, 32 * MIB, 20,
+            (7,),
             (
-                "https://developer.nvidia.com/embedded/jetson-modules",
-                "https://developer.ridgerun.com/wiki/index.php/NVIDIA_Jetson_AGX_Thor/Blackwell_GPU",
+                _MODULES,
+                "https://developer.ridgerun.com/wiki/index.php/NVIDIA_Jetson_AGX_Thor/Blackwell_GPU (2560 cores; "
+                "excerpt read)",
+                "https://forums.developer.nvidia.com/t/356355 (20 SM and 32 MiB of L2 as the driver reports them; "
+                "excerpt read)",
                 "2070 sparse FP4 TFLOPS: an eighth for dense float16; visible: an estimate", _HEADLESS,
             ),
         ),
         Device(
-            "rtx-3060-12gb", "GeForce RTX 3060 12GB", "8.6", 12 * GIB, GIB, 360 * GB, 51e12, (),
+            "rtx-3060-12gb", "GeForce RTX 3060 12GB", "8.6", 12 * GIB, GIB, 360 * GB, 25.5e12, 3 * MIB, 28, (),
             (
-                "https://www.techpowerup.com/gpu-specs/geforce-rtx-3060-12-gb.c3682",
-                "reserved: our assumption for driver and desktop",
+                "https://www.techpowerup.com/gpu-specs/geforce-rtx-3060-12-gb.c3682 (not opened)",
+                "http://cholla.mmto.org/nvidia/my3060.html (28 SM, 3 MB of L2; excerpt read)",
+                "float32 accumulation: 28 SM x 4 x 64 multiply-adds x 1.777 GHz", _DESKTOP,
             ),
         ),
         Device(
-            "rtx-4090", "GeForce RTX 4090", "8.9", 24 * GIB, GIB, 1008 * GB, 165e12, (),
+            "rtx-4090", "GeForce RTX 4090", "8.9", 24 * GIB, GIB, 1008 * GB, 165e12, 72 * MIB, 128, (),
             (
-                "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
-                "float32 accumulation", "reserved: our assumption for driver and desktop",
+                "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf (not opened)",
+                "float32 accumulation", _DESKTOP,
             ),
         ),
         Device(
-            "rtx-5090", "GeForce RTX 5090", "12.0", 32 * GIB, GIB, 1792 * GB, 209e12, (),
+            "rtx-5090", "GeForce RTX 5090", "12.0", 32 * GIB, GIB, 1792 * GB, 209e12, 96 * MIB, 170, (),
             (
-                "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
-                "float32 accumulation", "reserved: our assumption for driver and desktop",
+                "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/"
+                "nvidia-rtx-blackwell-gpu-architecture.pdf (not opened)",
+                "float32 accumulation", _DESKTOP,
             ),
         ),
     )

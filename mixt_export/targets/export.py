@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from mixt_export.checkpoints import Checkpoint, check_finite, open_checkpoint
 from mixt_export.checkpoints.strictjson import load_object, load_optional
-from mixt_export.errors import MixtError, UsageError
+from mixt_export.errors import UsageError
 from mixt_export.families import Decoder, decoder_of
 from mixt_export.lower import LoweredModel, factors_of, lower_decoder
 from mixt_export.lower.overflow import Extremes, islands_for
 from mixt_export.lower.precision import Islands
 from mixt_export.lower.weights import STREAMED_FILE, itemsize, write_streamed
-from mixt_export.plan import FormPlan, choose_forms
+from mixt_export.plan import CPU, Device, FormPlan
+from mixt_export.plan.variants import checked_mode
 from mixt_export.progress import SILENT, Progress
 from mixt_export.resources import resource
-from mixt_export.staging import check_output, link_or_copy, require_space, staged_folder
+from mixt_export.staging import check_output, require_space, staged_folder
+from mixt_export.targets.files import place, sha256, write_json
 from mixt_export.targets.genai import genai_config
 from mixt_export.targets.manifest import FILE, build_manifest
+from mixt_export.targets.planning import FormOptions, lower_planned
 from mixt_export.targets.registry import Target, dtype_named, target_named
 from mixt_export.targets.trt import TrtOptions, TrtSettings, dialect_for, joined, named_islands, settle
+
+if TYPE_CHECKING:
+    from mixt_export.targets.encoder import EncoderPlan
 
 GRAPH_FILE = "model.onnx"
 
 #: Positions in the rotary tables unless asked otherwise: long contexts cost table space and are rare on a device.
 DEFAULT_MAX_SEQ_LEN = 8192
-
-#: Bytes of masks, shapes and scalars that no checkpoint holds.
-_SLACK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ExportPlan:
     written_bytes: int
     """Bytes that will be written to disk (the rest is linked)."""
     forms: FormPlan
-    """Executable forms of the MixT linears, and why."""
+    """Executable forms of the factorised linears, and why."""
     trt: TrtSettings | None = None
     """Board, engine limits and profiles; of target trt only."""
     islands: Islands = field(default_factory=Islands)
@@ -74,7 +74,7 @@ class ExportResult:
     """What was written, and whether it was proven. ``report`` is None when verification was switched off."""
 
     path: Path
-    plan: ExportPlan
+    plan: ExportPlan | EncoderPlan
     manifest: dict[str, Any]
     linked: bool
     seconds: float
@@ -95,6 +95,10 @@ def plan_export(
     num_layers: int | None = None,
     optimize_for: str = "balanced",
     forms: Sequence[tuple[str, str]] = (),
+    memory_budget: int | None = None,
+    variants: str = "auto",
+    einsum: bool = False,
+    constants: Device = CPU,
     trt: TrtOptions | None = None,
     extremes: Extremes | None = None,
 ) -> ExportPlan:
@@ -102,10 +106,11 @@ def plan_export(
 
     dtype: "fp32", "fp16" or, for target trt, "bf16" (or numpy's names). max_seq_len: at most the model's
     max_position_embeddings; default that, or 8192 where it is larger. num_layers: only the first blocks, for a quick
-    look. optimize_for: what the forms of MixT linears are chosen for, a key of plan.OBJECTIVES; forms: (regular
-    expression, form) for those it matches. trt: board and engine limits of target trt; extremes: what an overflow scan
-    saw, which decides its float32 islands.
-    Raises UsageError, CheckpointError, UnsupportedError.
+    look. optimize_for, forms, memory_budget, einsum: how factorised linears are executed, see planning.FormOptions;
+    variants: auto, one or none, see plan.variants; for
+    target trt by the costs of the board, or of an AGX Orin where none is named, else of the CPU ``constants``. trt:
+    board and engine limits of target trt; extremes: what an overflow scan saw, which decides its float32 islands.
+    Raises UsageError, CheckpointError, UnsupportedError, and ResourceError when nothing fits the memory budget.
     """
     chosen, options = _target(target, trt)
     numpy_dtype = dtype_named(dtype, chosen)
@@ -114,7 +119,6 @@ def plan_export(
     length = max_seq_len or min(decoder.max_positions, DEFAULT_MAX_SEQ_LEN)
     if not 0 < length <= decoder.max_positions:
         raise UsageError(f"--max-seq-len {length}: the model knows positions 1 to {decoder.max_positions}.")
-    planned = choose_forms(factors_of(decoder, checkpoint), optimize_for, forms)
     settings, islands = None, Islands()
     if options is not None:
         _needs_16_bits(options, numpy_dtype)
@@ -122,17 +126,21 @@ def plan_export(
         islands = named_islands(options.islands, decoder)
         if extremes is not None:
             islands = joined(islands, islands_for(extremes, decoder), decoder)
-    lowered = lower_decoder(
-        decoder,
-        checkpoint,
-        chosen.dialect,
-        dtype=numpy_dtype,
-        max_seq_len=length,
-        islands=islands,
-        plan=planned,
+    device = constants if settings is None else settings.board.gpu(itemsize(numpy_dtype))
+    planned, lowered, weight_bytes = lower_planned(
+        factors_of(decoder, checkpoint, chosen.dialect),
+        FormOptions(optimize_for, forms, memory_budget, einsum, device, checked_mode(variants, chosen.dialect.typed)),
+        numpy_dtype,
+        lambda plan: lower_decoder(
+            decoder,
+            checkpoint,
+            chosen.dialect,
+            dtype=numpy_dtype,
+            max_seq_len=length,
+            islands=islands,
+            plan=plan,
+        ),
     )
-    weight_bytes = _initializer_bytes(lowered.model)
-    _guard(lowered, planned, weight_bytes)
     return ExportPlan(
         checkpoint,
         decoder,
@@ -179,6 +187,10 @@ def export(
     num_layers: int | None = None,
     optimize_for: str = "balanced",
     forms: Sequence[tuple[str, str]] = (),
+    memory_budget: int | None = None,
+    variants: str = "auto",
+    einsum: bool = False,
+    constants: Device = CPU,
     trt: TrtOptions | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -201,6 +213,10 @@ def export(
         num_layers=num_layers,
         optimize_for=optimize_for,
         forms=forms,
+        memory_budget=memory_budget,
+        variants=variants,
+        einsum=einsum,
+        constants=constants,
         trt=trt,
     )
     plan = replan()
@@ -216,7 +232,7 @@ def export(
     with staged_folder(output, overwrite=overwrite, inputs=(source,)) as folder:
         linked = _write(plan, folder, digests, progress)
         if plan.trt is not None:
-            _write_device(source, folder, golden=verify, progress=progress)
+            _write_device(source, folder, plan.lowered.model, golden=verify, progress=progress)
         manifest = load_object(folder / FILE)
     result = ExportResult(output, plan, manifest, linked, time.monotonic() - began)
     if not verify:
@@ -230,7 +246,7 @@ def export(
 def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Progress) -> bool:
     """Fill ``folder``; returns whether every weight file could be hardlinked."""
     checkpoint, weights = plan.checkpoint, plan.lowered.weights
-    linked = [_place(path, folder) for path in sorted(weights.linked)]
+    linked = [place(path, folder) for path in sorted(weights.linked)]
     write_streamed(weights, folder, progress)
     ir.save(plan.lowered.model, folder / GRAPH_FILE)
     for path in (checkpoint.path / "config.json", *checkpoint.companions()):
@@ -242,7 +258,7 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
     files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in weights.linked}
     for name in (GRAPH_FILE, STREAMED_FILE):
         if (folder / name).is_file():
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     manifest = build_manifest(
         plan.target,
         checkpoint,
@@ -256,16 +272,20 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
     )
     if plan.target.genai:
         generation = load_optional(folder / "generation_config.json")
-        _write_json(folder / "genai_config.json", genai_config(manifest, checkpoint.config, generation))
-    _write_json(folder / FILE, manifest)
+        write_json(folder / "genai_config.json", genai_config(manifest, checkpoint.config, generation))
+    write_json(folder / FILE, manifest)
     return all(linked)
 
 
-def _write_device(source: Path, folder: Path, *, golden: bool, progress: Progress) -> None:
-    """OUT/device of a TensorRT folder: the board's scripts and, with ``golden``, what PyTorch computes."""
+def _write_device(source: Path, folder: Path, model: ir.Model, *, golden: bool, progress: Progress) -> None:
+    """OUT/device of a TensorRT folder: the board's scripts, kernels and, with ``golden``, what PyTorch computes."""
     from mixt_export.building import record_golden, write_bundle
+    from mixt_export.building.kernels.carry import carry_kernels
 
     device = write_bundle(folder)
+    carried = carry_kernels(model, device, progress)
+    if carried is not None:
+        progress.note(carried.note)
     if golden:
         record_golden(source, folder, device / "golden", progress=progress)
 
@@ -286,11 +306,6 @@ def _trt_manifest(plan: ExportPlan) -> dict[str, Any] | None:
     return plan.trt.manifest(plan.islands, overflow)
 
 
-def _place(path: Path, folder: Path) -> bool:
-    require_space(folder, path.stat().st_size if path.stat().st_dev != folder.stat().st_dev else 0, path.name)
-    return link_or_copy(path, folder / path.name)
-
-
 def _require_verification(max_seq_len: int) -> None:
     from mixt_export.optional import require
     from mixt_export.verification.options import SHORTEST
@@ -303,41 +318,3 @@ def _require_verification(max_seq_len: int) -> None:
 
     require("torch", "verifying the export against PyTorch (switch it off with --no-verify)")
     require("transformers", "verifying the export against PyTorch (switch it off with --no-verify)")
-
-
-def _initializer_bytes(model: ir.Model) -> int:
-    seen = {}
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None:
-            key = (getattr(tensor, "location", value.name), getattr(tensor, "offset", None))
-            seen[key] = tensor.nbytes
-    return sum(seen.values())
-
-
-def _guard(lowered: LoweredModel, forms: FormPlan, weight_bytes: int) -> None:
-    """No pass may re-densify: the graph holds at most the planned weights, the rotary tables and constants.
-
-    Planned are the checkpoint's parameters, with what the chosen forms hold in place of the cores of MixT linears.
-    """
-    weights = lowered.weights
-    factors = weights.checkpoint.factors
-    elsewhere = {ref.name for name, linear in factors.items() if name not in forms.choices for ref in linear.tensors()}
-    cores = sum(size for name, size in forms.cores().items() if name not in elsewhere)
-    stored = sum(prod(tensor.ref.shape) for tensor in weights.checkpoint.store.values())
-    planned = (stored - cores + forms.planned_elements) * itemsize(weights.dtype)
-    tables = sum(entry.nbytes for entry in weights.streamed if entry.name.startswith("/rotary/"))
-    if weight_bytes > planned + tables + _SLACK:
-        raise MixtError(
-            f"the graph holds {weight_bytes} bytes of weights, planned were {planned} and the rotary tables {tables}: "
-            "the lowering rebuilt dense weights. Please report this."
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from mixt_export.errors import ResourceError, UsageError
 from mixt_export.families.wiring import Linear
 from mixt_export.lower.weights import itemsize
-from mixt_export.network import macs
 from mixt_export.targets.devices import Device
 from mixt_export.targets.export import ExportPlan
 from mixt_export.targets.trt import TrtSettings
@@ -129,12 +128,15 @@ def _read_per_step(plan: ExportPlan) -> int:
 
 
 def _macs_per_token(plan: ExportPlan) -> tuple[int, int]:
-    """Multiply-adds for one token: of the linears of all blocks, and of the output projection (last position only)."""
-    factors, decoder = plan.checkpoint.factors, plan.decoder
+    """Multiply-adds for one token in the planned forms: of the linears of all blocks, and of the output projection.
+
+    The output projection computes the last position only.
+    """
+    choices, decoder = plan.forms.choices, plan.decoder
 
     def count(linear: Linear) -> int:
-        known = factors.get(linear.name)
-        return linear.in_features * linear.out_features if known is None else macs(known)
+        choice = choices.get(linear.name)
+        return linear.in_features * linear.out_features if choice is None else choice.form.macs
 
     head = decoder.vocab_size * decoder.hidden_size if decoder.head is None else count(decoder.head)
     return sum(count(linear) for block in decoder.blocks for linear in block.linears), head

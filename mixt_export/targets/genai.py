@@ -7,9 +7,15 @@ from typing import Any
 
 from mixt_export.errors import CheckpointError
 
-#: model_type values that onnxruntime-genai knows by name; any other decoder goes under its generic name.
-_KNOWN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+#: model_type values that onnxruntime-genai knows by name; any other decoder goes under its generic name. Its own "gpt2"
+#: is a graph whose cache is one tensor per layer, so GPT-2 goes under the generic name too.
+_KNOWN_TYPES = frozenset({
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3",
+})  # fmt: skip
 _GENERIC_TYPE = "decoder"
+
+#: What GPT-2 and GPT-J call them.
+_OLD_NAMES = {"hidden_size": "n_embd", "num_attention_heads": "n_head"}
 
 #: Search settings taken over from generation_config.json when it holds a value of the right type, else these.
 _SEARCH_DEFAULTS: dict[str, bool | int | float] = {
@@ -99,7 +105,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _size(hf_config: Mapping[str, Any], name: str) -> int:
-    value = hf_config.get(name)
+    value = hf_config.get(name, hf_config.get(_OLD_NAMES[name]))
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(
             f"config.json: {name} is {value!r}, but genai_config.json needs it as an integer; correct the model folder."

@@ -8,10 +8,11 @@ from typing import Any
 from mixt_export import __version__
 from mixt_export.checkpoints import Checkpoint
 from mixt_export.checkpoints.strictjson import load_optional
-from mixt_export.families.wiring import Decoder
+from mixt_export.families import Decoder, decoder_of
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.weights import itemsize
 from mixt_export.plan import FormPlan
+from mixt_export.plan.report import plan_entry
 from mixt_export.targets.registry import Target
 
 SCHEMA = 1
@@ -36,7 +37,7 @@ def build_manifest(
     """
     dtype = lowered.weights.dtype
     token_ids = special_token_ids(checkpoint)
-    layers = int(checkpoint.config["num_hidden_layers"])
+    layers = len(decoder_of(checkpoint.config).blocks)
     return {
         "schema": SCHEMA,
         "tool": {"name": "mixt-export", "version": __version__},
@@ -68,14 +69,15 @@ def build_manifest(
         },
         "graph": {"nodes": len(lowered.model.graph)},
         "source": {"format": checkpoint.format, "info": dict(checkpoint.info)},
-        "linears": {linear.name: _linear(checkpoint, lowered, linear.name) for linear in decoder.linears},
-        **({"plan": _plan(forms)} if forms.choices else {}),
+        "linears": {linear.name: linear_entry(checkpoint, lowered, linear.name) for linear in decoder.linears},
+        **({"plan": plan_entry(forms)} if forms.choices else {}),
         "files": dict(files),
         **({} if trt is None else {"trt": dict(trt)}),
     }
 
 
-def _linear(checkpoint: Checkpoint, lowered: LoweredModel, name: str) -> dict[str, Any]:
+def linear_entry(checkpoint: Checkpoint, lowered: LoweredModel, name: str) -> dict[str, Any]:
+    """What the manifest says of one linear: its form, method and parameters."""
     factors = checkpoint.factors.get(name)
     shape = checkpoint.store[f"{name}.weight"].ref.shape if factors is None else None
     dense = shape[0] * shape[1] if shape else factors.in_features * factors.out_features if factors else 0
@@ -84,29 +86,6 @@ def _linear(checkpoint: Checkpoint, lowered: LoweredModel, name: str) -> dict[st
         "method": "dense" if factors is None else factors.method,
         "params": dense if factors is None else factors.params,
         "dense_params": dense,
-    }
-
-
-def _plan(forms: FormPlan) -> dict[str, Any]:
-    """Executable forms of the MixT linears: how they were chosen, what they hold, and each with its reason."""
-    return {
-        "optimize_for": forms.objective.name,
-        "device": forms.device.name,
-        "elements": {
-            "stored": forms.stored_elements,
-            "planned": forms.planned_elements,
-            "dense": forms.dense_elements,
-        },
-        "forms": {
-            name: {
-                "form": choice.form.name,
-                "windows": list(choice.form.partition),
-                "elements": choice.form.elements,
-                "macs": choice.form.macs,
-                "reason": choice.reason,
-            }
-            for name, choice in forms.choices.items()
-        },
     }
 
 

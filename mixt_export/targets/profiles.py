@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixt_export.errors import UsageError
+from mixt_export.errors import ResourceError, UsageError
 from mixt_export.families.wiring import Decoder
 
 BOUNDS = ("min", "opt", "max")
@@ -17,18 +17,25 @@ BOUNDS = ("min", "opt", "max")
 #: New tokens per prefill unless asked otherwise: long prompts go in pieces, whose activations stay small.
 DEFAULT_MAX_INPUT_LEN = 512
 
+#: Most new tokens of "decode", which is tuned for one. Where a profile fixes them at one, TensorRT-RTX 1.7.1 holds the
+#: weights of all linears twice, in the layout of each profile (benchmarks/trt_whole.py); with two it does not.
+_DECODED = 2
+
+#: Of all sequences of a run together: what TensorRT counts a tensor's elements by.
+_MOST_POSITIONS = 2**31 - 1
+
 Profile = dict[str, Any]
 
 
 def profiles(decoder: Decoder, max_batch: int, max_input_len: int, max_seq_len: int) -> list[Profile]:
-    """Profiles "prefill" (1 to ``max_input_len`` new tokens) and "decode" (one new token), in this order.
+    """Profiles "prefill" (1 to ``max_input_len`` new tokens) and "decode" (one new token, or two), in this order.
 
     Both admit batches of 1 to ``max_batch`` sequences. Decoding admits every cache with room for one more token within
     ``max_seq_len`` positions, the empty one included. Prefill may run in pieces and admits caches of up to
     ``max_seq_len - max_input_len`` positions; the few prompt tokens behind a longer one go through "decode". Tuned for:
     prefill of a whole piece into an empty cache, decoding with a half-full cache, both at batch 1.
 
-    Raises UsageError when the sizes contradict each other.
+    Raises UsageError when the sizes contradict each other, ResourceError when no device could hold such a run.
     """
     if max_batch < 1:
         raise UsageError(f"--max-batch {max_batch}: must be at least 1.")
@@ -41,6 +48,11 @@ def profiles(decoder: Decoder, max_batch: int, max_input_len: int, max_seq_len: 
             f"--max-input-len {max_input_len} exceeds --max-seq-len {max_seq_len}: a prompt cannot be longer than the "
             "longest sequence; lower the one or raise the other."
         )
+    if max_batch * max_seq_len > _MOST_POSITIONS:
+        raise ResourceError(
+            f"--max-batch {max_batch}: with --max-seq-len {max_seq_len} a run has more positions than any device "
+            "holds; lower one of them."
+        )
     half = max_seq_len // 2
     behind = max(max_seq_len - max_input_len, 1)  # a dimension of size 0 at most would be no dimension
     return [
@@ -49,8 +61,8 @@ def profiles(decoder: Decoder, max_batch: int, max_input_len: int, max_seq_len: 
             total=(1, max_input_len, behind + max_input_len),
         ),
         _profile(
-            decoder, "decode", batch=(1, 1, max_batch), seq=(1, 1, 1), past=(0, half, max_seq_len - 1),
-            total=(1, half + 1, max_seq_len),
+            decoder, "decode", batch=(1, 1, max_batch), seq=(1, 1, _DECODED), past=(0, half, max_seq_len - 1),
+            total=(1, half + 1, max_seq_len - 1 + _DECODED),
         ),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from mixt_export.errors import UsageError
 from mixt_export.families.wiring import Decoder
 from mixt_export.lower.dialects import DIALECTS, Dialect
 from mixt_export.lower.precision import HEAD, Islands
-from mixt_export.targets.devices import Device, JetPack, device_named, jetpack_for
+from mixt_export.targets.devices import DEFAULT_BOARD, DEVICES, Device, JetPack, device_named, jetpack_for
 from mixt_export.targets.profiles import DEFAULT_MAX_INPUT_LEN, Profile, profiles
 
 DESKTOP_DIALECT = "trt11"
@@ -55,6 +55,11 @@ class TrtSettings:
     max_batch: int
     max_input_len: int
     profiles: list[Profile]
+
+    @property
+    def board(self) -> Device:
+        """Whose costs choose the forms of linears."""
+        return DEVICES[DEFAULT_BOARD] if self.device is None else self.device
 
     def manifest(self, islands: Islands, overflow: dict[str, Any] | None) -> dict[str, Any]:
         """The manifest's key ``trt``."""
@@ -110,7 +115,7 @@ def named_islands(names: Sequence[str], decoder: Decoder) -> Islands:
         else:
             raise UsageError(
                 f"--island {entry}: give residual, attention.<block below {len(decoder.blocks)}>, or the name of a "
-                f"linear such as {decoder.blocks[0].down.name}, with =<k> for a scale of 2^-k."
+                f"linear such as {decoder.blocks[0].linears[-1].name}, with =<k> for a scale of 2^-k."
             )
     return joined(Islands(residual, frozenset(attention), shifts), Islands(), decoder)
 
@@ -122,7 +127,7 @@ def joined(first: Islands, second: Islands, decoder: Decoder) -> Islands:
     """
     names = first.shifts.keys() | second.shifts.keys()
     shifts = {name: max(first.shifts.get(name, 0), second.shifts.get(name, 0)) for name in names}
-    writers = {linear.name for block in decoder.blocks for linear in (block.o, block.down)}
+    writers = {linear.name for block in decoder.blocks for linear in block.writers}
     return Islands(
         first.residual or second.residual or bool(writers & names), first.attention | second.attention, shifts
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from mixt_export.checkpoints import open_checkpoint
 from mixt_export.cli.export import app
 from mixt_export.errors import MixtError, UnsupportedError, UsageError
 from mixt_export.inspection import inspect
@@ -21,7 +23,7 @@ from mixt_export.plan import choose_forms
 from mixt_export.targets import export, plan_export
 from mixt_export.verification.checks import redensified
 from mixt_export.verification.graph import open_graph
-from mixt_export.verification.memory.weights import checkpoint_size, mergeable_elements
+from mixt_export.verification.memory.weights import checkpoint_size, merged_elements
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
 
@@ -82,7 +84,7 @@ def test_a_lowering_that_rebuilds_dense_weights_is_caught(model: Path, monkeypat
         return lower_decoder(decoder, checkpoint, dialect, plan=dense, **options)
 
     assert plan_export(model, forms=[(".", "dense")]).weight_bytes > plan_export(model).weight_bytes
-    monkeypatch.setitem(plan_export.__globals__, "lower_decoder", lower_dense)
+    monkeypatch.setattr(sys.modules["mixt_export.targets.export"], "lower_decoder", lower_dense)
     with pytest.raises(MixtError, match="the lowering rebuilt dense weights"):
         plan_export(model, optimize_for="memory")
 
@@ -105,24 +107,29 @@ def test_the_check_of_an_export_knows_the_plan_and_nothing_more(tmp_path: Path, 
     assert run_check(tmp_path / "dense", model).passed
     path = tmp_path / "dense" / "mixt_manifest.json"
     manifest = json.loads(path.read_text())
-    for plan in (
-        {**manifest["plan"], "elements": {**manifest["plan"]["elements"], "planned": 100_000}},
-        {"elements": {"stored": 0, "planned": -1, "dense": "many"}},
-        None,
-    ):
+    undeclared = {name: form | {"form": "branches"} for name, form in manifest["plan"]["forms"].items()}
+    unknown = {name: form | {"form": "denser"} for name, form in manifest["plan"]["forms"].items()}
+    for plan in ({"forms": undeclared}, {"forms": unknown}, {"forms": {"a": 1}}, {"forms": 3}, None):
         path.write_text(json.dumps(manifest | {"plan": plan}))
         result = run_check(tmp_path / "dense", model)
         assert not result.passed and "the graph holds" in result.reason
 
 
-def test_a_manifest_cannot_declare_more_than_the_dense_matrices(tmp_path: Path, model: Path) -> None:
+def test_a_manifest_declares_forms_and_not_their_sizes(tmp_path: Path, model: Path) -> None:
     export(model, tmp_path / "out", verify=False)
     path = tmp_path / "out" / "mixt_manifest.json"
     manifest = json.loads(path.read_text())
+    honest = run_check(tmp_path / "out", model).metrics["planned_constants"]
     manifest["plan"]["elements"] = {"stored": 0, "planned": 10**12, "dense": 10**12}
+    for form in manifest["plan"]["forms"].values():
+        form["elements"] = 10**12
     path.write_text(json.dumps(manifest))
-    assert run_check(tmp_path / "out", model).metrics["planned_constants"] == checkpoint_size(model, 1).dense_elements
-    assert mergeable_elements(write_tiny_low_rank(tmp_path / "low", write_tiny(tmp_path / "base")), 3) == 0
+    assert run_check(tmp_path / "out", model).metrics["planned_constants"] == honest
+    low = write_tiny_low_rank(tmp_path / "low", write_tiny(tmp_path / "base"))
+    assert merged_elements(low, 3, {}) == merged_elements(low, 3, {".": "dense"}) == 0
+    every = dict.fromkeys(open_checkpoint(model).factors, "dense")
+    size = checkpoint_size(model, 1)
+    assert merged_elements(model, 1, every) == size.dense_elements - size.elements
 
 
 def _stored(model: Path) -> int:
@@ -134,7 +141,7 @@ def _stored(model: Path) -> int:
     [
         ({"optimize_for": "speed"}, "--optimize-for speed"),
         ({"forms": [("q_proj", "fast")]}, "--form q_proj=fast: .* has no such form; it has branches"),
-        ({"forms": [("w_proj", "pairs")]}, "no MixT linear of the model matches"),
+        ({"forms": [("w_proj", "pairs")]}, "no factorised linear of the model matches"),
     ],
 )
 def test_bad_options(tmp_path: Path, model: Path, options: dict, text: str) -> None:
@@ -146,7 +153,7 @@ def test_the_command_line(model: Path) -> None:
     runner = CliRunner()
     said = runner.invoke(app, [str(model), "--dry-run", "--optimize-for", "memory", "--form", "(k|v)_proj=dense"])
     assert said.exit_code == 0, said.output
-    assert "MixT linears, optimised for memory" in said.output
-    assert "4 terms 128→32: dense × 2 (k_proj, v_proj): asked for by --form" in said.output
+    assert "factorised linears, optimised for memory on cpu" in said.output
+    assert "mixt 128→32: dense × 2 (k_proj, v_proj), 4,096 MACs, 0 transposes: asked for by --form" in said.output
     refused = runner.invoke(app, [str(model), "--dry-run", "--form", "pairs"])
     assert isinstance(refused.exception, UsageError) and "write REGEX=FORM" in str(refused.exception)

@@ -15,9 +15,11 @@ from mixt_export.cli.export import app
 from mixt_export.cli.guard import guarded
 from mixt_export.errors import ResourceError, UsageError
 from mixt_export.lower.dialects import DIALECTS
+from mixt_export.plan import Choice
 from mixt_export.targets import devices, export, plan_export
-from mixt_export.targets.fit import BUILDER_BASE, BUILDER_FACTOR, LIBRARIES, fit
+from mixt_export.targets.fit import BUILDER_BASE, BUILDER_FACTOR, LIBRARIES, _macs_per_token, fit
 from mixt_export.targets.trt import TrtOptions
+from tests.building.models import write_structure
 from tests.tiny import write_tiny, write_tiny_low_rank
 
 
@@ -148,6 +150,33 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+def test_the_fit_is_that_of_the_planned_forms(tmp_path: Path) -> None:
+    """A tensor train merged into its matrix holds, moves and computes what the matrix does, not what the cores do."""
+    source = write_structure(tmp_path, "tensor_train")
+    options = TrtOptions(device="orin-nano-8gb", max_input_len=32)
+    found = {}
+    for form in ("chain", "dense"):
+        planned = plan_export(source, target="trt", dtype="fp16", max_seq_len=64, trt=options, forms=[("proj", form)])
+        found[form] = fit(planned)
+        per_token, head = _macs_per_token(planned)
+        linears = planned.decoder.blocks[0].linears
+        dense = sum(linear.in_features * linear.out_features for linear in linears)
+        assert head == planned.decoder.vocab_size * planned.decoder.hidden_size
+        assert (per_token == dense) == (form == "dense")
+        assert per_token == sum(choice.form.macs for choice in planned.forms.choices.values())
+    held = {form: sum(choice.form.elements for choice in plan_forms(source, form).values()) for form in found}
+    assert found["dense"].weights - found["chain"].weights == pytest.approx(
+        2 * (held["dense"] - held["chain"]), rel=0.02
+    )
+    assert found["chain"].activations > found["dense"].activations
+    assert found["dense"].decode > found["chain"].decode
+
+
+def plan_forms(source: Path, form: str) -> dict[str, Choice]:
+    planned = plan_export(source, target="trt", dtype="fp16", max_seq_len=64, forms=[("proj", form)])
+    return dict(planned.forms.choices)
+
+
 def test_dry_run_on_the_command_line(tmp_path: Path, model: Path, cli: Callable[..., Said]) -> None:
     common = (model, "--target", "trt", "--fp16", "--device", "orin-nano-8gb", "--dry-run")
     code, out, err = cli(*common)
@@ -169,6 +198,7 @@ def test_dry_run_on_the_command_line(tmp_path: Path, model: Path, cli: Callable[
     [
         ("--target", "trt", "--fp16", "--bf16"),
         ("--target", "trt", "--dtype", "bf16", "--fp16"),
+        ("--target", "trt", "--dtype", "fp32", "--fp16"),
         ("--device", "agx-thor"),
         ("--target", "trt", "--fp16", "--scan"),
     ],
@@ -184,6 +214,31 @@ def test_contradictions_on_the_command_line_are_2(
 def test_two_ways_to_say_the_same_are_no_contradiction(model: Path, dtype: str, cli: Callable[..., Said]) -> None:
     code, out, err = cli(model, "--dtype", dtype, "--fp16", "--dry-run")
     assert code == 0 and "float16" in out, err
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "dtype"),
+    [
+        ('dtype = "fp16"', ("--bf16",), "bfloat16"),
+        ("fp16 = true", ("--bf16",), "bfloat16"),
+        ("fp16 = true", ("--dtype", "fp32"), "float32"),
+        ("bf16 = true", (), "bfloat16"),
+        ('dtype = "fp16"', (), "float16"),
+    ],
+)
+def test_the_command_line_wins_over_a_file(
+    tmp_path: Path, model: Path, cli: Callable[..., Said], file: str, words: tuple[str, ...], dtype: str
+) -> None:
+    (tmp_path / "c.toml").write_text(file)
+    code, out, err = cli(model, "--target", "trt", "--config", tmp_path / "c.toml", *words, "--dry-run")
+    assert code == 0, err
+    assert f" {dtype}" in out
+
+
+def test_a_file_that_contradicts_itself(tmp_path: Path, model: Path, cli: Callable[..., Said]) -> None:
+    (tmp_path / "c.toml").write_text('fp16 = true\ndtype = "bf16"')
+    code, _, err = cli(model, "--target", "trt", "--config", tmp_path / "c.toml", "--dry-run")
+    assert code == 2 and "--dtype bf16 and --fp16 contradict each other" in err
 
 
 def test_the_manifest_says_what_a_board_needs(tmp_path: Path, model: Path) -> None:

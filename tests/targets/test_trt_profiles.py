@@ -10,7 +10,7 @@ import pytest
 
 from mixt_export.building.toolkit import toolkit
 from mixt_export.checkpoints import open_checkpoint
-from mixt_export.errors import UsageError
+from mixt_export.errors import ResourceError, UsageError
 from mixt_export.families import decoder_of
 from mixt_export.families.wiring import Decoder
 from mixt_export.targets import plan_export
@@ -56,8 +56,10 @@ def test_every_shape_could_run(decoder: Decoder, batch: int, prompt: int, length
             "input_ids", "attention_mask", *(f"past_key_values.{i}.{p}" for i in range(3) for p in ("key", "value")),
         ]  # fmt: skip
     prefill, decode = (profile["inputs"] for profile in both)
-    assert prefill["input_ids"]["max"] == [batch, prompt] and decode["input_ids"]["max"] == [batch, 1]
-    assert decode["attention_mask"]["max"] == [batch, length]
+    assert prefill["input_ids"]["max"] == [batch, prompt]
+    # one new token, but not fixed at one: that would hold every linear's weights twice
+    assert decode["input_ids"] == {"min": [1, 1], "opt": [1, 1], "max": [batch, 2]}
+    assert decode["attention_mask"]["max"] == [batch, length + 1]
     assert decode["past_key_values.0.key"] == {
         "min": [1, 2, 0, 16], "opt": [1, 2, length // 2, 16], "max": [batch, 2, length - 1, 16],
     }  # fmt: skip
@@ -93,3 +95,10 @@ def test_defaults_follow_the_model(tmp_path: Path) -> None:
     assert settings is not None and (settings.max_batch, settings.max_input_len) == (1, 100)
     prefill = settings.profiles[0]["inputs"]
     assert prefill["attention_mask"]["opt"] == [1, 100] and contradictions(settings.profiles[0]) == []
+
+
+@pytest.mark.parametrize("batch", [2**31 // 128 + 1, 99_999_999_999_999])
+def test_more_positions_than_any_device_holds(decoder: Decoder, batch: int) -> None:
+    assert profiles(decoder, 2**31 // 128 - 1, 64, 128)
+    with pytest.raises(ResourceError, match=f"--max-batch {batch}: .*lower one of them"):
+        profiles(decoder, batch, 64, 128)
