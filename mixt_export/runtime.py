@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import sys
@@ -15,7 +16,9 @@ from mixt_export.errors import MixtError, UnsupportedError, UsageError
 from mixt_export.resources import resource
 
 #: kind -> file below runtimes/
-_FILES = {"ort": "ort/mixt_ort.py"}
+_FILES = {"ort": "ort/mixt_ort.py", "ort_encoder": "ort_encoder/mixt_embed.py"}
+
+_TOOLKIT = "mixt_trt"
 
 
 def load_runtime(kind: str = "ort") -> ModuleType:
@@ -38,6 +41,24 @@ def load_runtime(kind: str = "ort") -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def bundle_folder() -> Path:
+    """The scripts that are copied to OUT/device of a TensorRT folder."""
+    return resource("runtimes") / "tensorrt"
+
+
+def toolkit(module: str) -> Any:
+    """Module ``mixt_trt.<module>``, the same object on every call and the one that the device scripts use."""
+    if _TOOLKIT not in sys.modules:
+        path = bundle_folder() / _TOOLKIT / "__init__.py"
+        spec = importlib.util.spec_from_file_location(_TOOLKIT, path, submodule_search_locations=[str(path.parent)])
+        if spec is None or spec.loader is None or not path.is_file():
+            raise MixtError(f"{path}: cannot be loaded as a Python package; reinstall mixt-export.")
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[_TOOLKIT] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"{_TOOLKIT}.{module}")
 
 
 @contextmanager

@@ -14,9 +14,12 @@ from mixt_export.errors import UsageError
 MODEL_FILE = "model.onnx"
 LAST_POSITION = "/lm_head/last_position"
 LOGITS = "logits"
+#: Output of an encoder's block.
+ENCODER_LAYER = "/encoder/layer.{}/output"
 #: A graph without weights is a few hundred kB; a file beyond this is not one of ours.
 _MAX_GRAPH_BYTES = 512 << 20
 _LAYER_OUTPUT = re.compile(r"^/model/layers\.(\d+)/output$")
+_ENCODER_LAYER_OUTPUT = re.compile(r"^/encoder/layer\.(\d+)/output$")
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
 _ELEMENT = {
     onnx.TensorProto.FLOAT: "float32",
@@ -60,16 +63,7 @@ def open_graph(folder: Path) -> ExportedGraph:
 
     Raises UsageError when it is missing, unreadable or not a graph that follows docs/architecture.md.
     """
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder}: holds no {MODEL_FILE}; give a folder that `mixt export` wrote.")
-    if path.stat().st_size > _MAX_GRAPH_BYTES:
-        raise UsageError(f"{path}: {path.stat().st_size} bytes is too large for a graph without weights; export again.")
-    try:
-        proto = onnx.load_model(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises its own DecodeError class, which moves between versions
-        raise UsageError(f"{path}: is not a readable ONNX model ({type(error).__name__}); export again.") from error
-    check_external_paths(proto, path)
+    proto, path = _read(folder), folder / MODEL_FILE
     inputs = {value.name: value.type.tensor_type for value in proto.graph.input}
     past = [inputs[name] for name in inputs if _PAST.match(name)]
     if not past or "input_ids" not in inputs or "attention_mask" not in inputs or not _has_logits(proto):
@@ -84,6 +78,42 @@ def open_graph(folder: Path) -> ExportedGraph:
             f"{path}: past_key_values.0.key must be float32, float16 or bfloat16 (batch, kv_heads, past, head_dim)."
         )
     return ExportedGraph(folder, proto, len(past), shape[1].dim_value, shape[3].dim_value, dtype, _dialect(proto))
+
+
+def open_encoder_graph(folder: Path) -> ExportedGraph:
+    """The same for an encoder: no cache, no logits. Raises UsageError as `open_graph`."""
+    proto, path = _read(folder), folder / MODEL_FILE
+    outputs = {value.name for value in proto.graph.output}
+    inputs = {value.name for value in proto.graph.input}
+    if not {"input_ids", "attention_mask"} <= inputs or not {"last_hidden_state", "sentence_embedding"} <= outputs:
+        raise UsageError(
+            f"{path}: lacks input_ids, attention_mask, last_hidden_state or sentence_embedding; "
+            "give an encoder that `mixt export` wrote."
+        )
+    written = {entry.key: entry.value for entry in proto.metadata_props}
+    found = [name for node in proto.graph.node for name in node.output if _ENCODER_LAYER_OUTPUT.match(name)]
+    layers = len(found)
+    if not found or set(found) != {ENCODER_LAYER.format(index) for index in range(layers)}:
+        raise UsageError(f"{path}: has no outputs of blocks 0 to {max(layers - 1, 0)}; export again with this version.")
+    dtype = written.get("mixt.dtype", "float32")
+    if dtype not in _ELEMENT.values():
+        raise UsageError(f"{path}: is of dtype {dtype!r}, which this version does not know; export again.")
+    return ExportedGraph(folder, proto, layers, 0, 0, dtype, written.get("mixt.dialect", "portable"))
+
+
+def _read(folder: Path) -> onnx.ModelProto:
+    """model.onnx without its weights, its external paths checked."""
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder}: holds no {MODEL_FILE}; give a folder that `mixt export` wrote.")
+    if path.stat().st_size > _MAX_GRAPH_BYTES:
+        raise UsageError(f"{path}: {path.stat().st_size} bytes is too large for a graph without weights; export again.")
+    try:
+        proto = onnx.load_model(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises its own DecodeError class, which moves between versions
+        raise UsageError(f"{path}: is not a readable ONNX model ({type(error).__name__}); export again.") from error
+    check_external_paths(proto, path)
+    return proto
 
 
 def _dialect(proto: onnx.ModelProto) -> str:

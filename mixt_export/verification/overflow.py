@@ -99,10 +99,15 @@ class _Watch:
         hooks.append(model.get_output_embeddings().register_forward_hook(self._linear(HEAD)))
         hooks.append(model.get_input_embeddings().register_forward_hook(self._stream(0)))
         hooks += [block.register_forward_hook(self._stream(i + 1)) for i, block in enumerate(self._model.blocks)]
+        own = [part for block in self._model.blocks for part in block.modules() if hasattr(part, "_attn")]
+        for part in own:
+            part._attn = self._listening(part)
         try:
             yield
         finally:
             model.config._attn_implementation = before
+            for part in own:
+                del part._attn
             for hook in hooks:
                 hook.remove()
 
@@ -124,10 +129,18 @@ class _Watch:
 
         return hook
 
-    def _attention(
-        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **_: Any
-    ) -> tuple[Any, None]:
-        """Eager attention, (batch, heads, seq, head_dim), that notes its scores where a query sees the key."""
+    def _listening(self, module: Any) -> Any:
+        """The attention of a class that knows no other (GPT-J), its scores noted."""
+        attend = module._attn
+
+        def listen(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> Any:
+            self._scores(module, query, key, value, 1.0 / module.scale_attn)
+            return attend(query, key, value, *rest, **more)
+
+        return listen
+
+    def _scores(self, module: Any, query: Any, key: Any, value: Any, scaling: float) -> Any:
+        """Scores before softcap and mask, noted where a query sees the key."""
         torch = self._model._torch
         groups = query.shape[1] // key.shape[1]
         scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
@@ -135,6 +148,25 @@ class _Watch:
         for name, peak in (("scores", _peak(scores[..., seen])), ("keys", _peak(key)), ("values", _peak(value))):
             series = self._series[name]
             series[module.layer_idx] = max(series[module.layer_idx], peak)
+        return scores
+
+    def _attention(
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: float,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Any, None]:
+        """Eager attention, (batch, heads, seq, head_dim)."""
+        torch = self._model._torch
+        groups = query.shape[1] // key.shape[1]
+        scores = self._scores(module, query, key, value, scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if attention_mask is not None:
             scores = scores + attention_mask[..., : key.shape[-2]]
         mixed = torch.softmax(scores.float(), dim=-1).to(query.dtype) @ value.repeat_interleave(groups, dim=1)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UnsupportedError
 from mixt_export.progress import SILENT, Progress
 from mixt_export.verification.options import VerifyOptions
@@ -37,6 +38,10 @@ def verify(
     from mixt_export.verification.checks import CHECKS
     from mixt_export.verification.context import Context
 
+    if load_optional(Path(exported) / "mixt_manifest.json").get("kind") == "encoder":
+        from mixt_export.verification.encoder import verify_encoder
+
+        return verify_encoder(Path(exported), Path(reference), options=options, progress=progress)
     options = options or VerifyOptions()
     started = time.monotonic()
     context = Context(Path(exported), Path(reference), options, progress)

@@ -100,6 +100,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{path}: schema {data.get('schema')!r} is not {SCHEMA}, the one this runtime reads; "
             "use the runtime of the version that exported the folder, or export again."
         )
+    if data.get("kind") == "encoder":
+        raise FolderError(f"{path}: is of an encoder, which makes no text; embed with `mixt embed` or device/embed.py.")
     field = _Fields(path, data)
     dialect = field.choice("dialect", tuple(_PADDING))
     shared = field.get("kv.shared_buffer")
@@ -707,6 +709,8 @@ class Tokenizer:
         except Exception as error:
             # tokenizers raises bare Exception for every parse error
             raise FolderError(f"{path}: is not a tokenizer ({_first_line(error)}).") from error
+        self._tokenizer.no_truncation()  # what a file asks for is meant for training; transformers ignores it too
+        self._tokenizer.no_padding()
         self._config = self._read_config()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:

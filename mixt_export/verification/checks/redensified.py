@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from mixt_export.verification.context import Context
+from mixt_export.verification.graph import ExportedGraph
 from mixt_export.verification.memory.optimised import optimised_elements
-from mixt_export.verification.memory.weights import checkpoint_size, count_weights, mergeable_elements
+from mixt_export.verification.memory.weights import checkpoint_size, count_weights, merged_elements
+from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.result import CheckResult
 
 NAME = "redensified"
@@ -17,12 +19,29 @@ _SLACK = 1.05
 _SMALL = 1 << 16
 
 
-def run(context: Context) -> CheckResult:
+class Weighed(Protocol):
+    """What this check needs of a verification, of a decoder or of an encoder."""
+
+    graph: ExportedGraph
+    manifest: dict[str, Any]
+    reference: Path
+    options: VerifyOptions
+
+    def close(self) -> None:
+        """Release the ONNX session."""
+        ...
+
+
+def run(context: Weighed) -> CheckResult:
     """Compare numbers of constants, not bytes: the CPU runtime widens float16 weights to float32 by itself."""
     context.close()  # its memory is needed for the optimiser's copy
     weights = count_weights(context.graph.proto)
     stored = checkpoint_size(context.reference, context.graph.layers).elements
-    merged = min(_merged(context.manifest), mergeable_elements(context.reference, context.graph.layers))
+    merged = merged_elements(
+        context.reference,
+        context.graph.layers,
+        *(_declared(context.manifest, what) for what in ("form", "after", "core", "many")),
+    )
     planned = stored + merged
     optimised = optimised_elements(context.graph, context.options.threads)
     reason = ""
@@ -44,18 +63,14 @@ def run(context: Context) -> CheckResult:
     return CheckResult(NAME, TITLE, not reason, reason, metrics=dict(metrics))
 
 
-def _merged(manifest: Mapping[str, Any]) -> int:
-    """Constants that the export chose to add by merging terms of MixT linears, as its manifest declares.
+def _declared(manifest: Mapping[str, Any], what: str) -> dict[str, str]:
+    """Linear -> ``what`` the export chose for it, as its manifest declares; empty where nothing is declared.
 
-    Never more than its dense matrices have: what is beyond that is no form of a linear. 0 where nothing is declared.
-    The manifest comes with the folder under test: `mergeable_elements` bounds what it may declare.
+    The manifest comes with the folder under test: what a form holds is counted anew from the model folder.
     """
     plan = manifest.get("plan")
-    elements = plan.get("elements") if isinstance(plan, dict) else None
-    if not isinstance(elements, dict):
-        return 0
-    sizes = [size for key in ("stored", "planned", "dense") if type(size := elements.get(key)) is int and size >= 0]
-    if len(sizes) != 3:
-        return 0
-    stored, planned, dense = sizes
-    return min(planned, dense) - stored
+    forms = plan.get("forms") if isinstance(plan, dict) else None
+    if not isinstance(forms, dict):
+        return {}
+    found = {name: entry.get(what) for name, entry in forms.items() if isinstance(entry, dict)}
+    return {name: value for name, value in found.items() if isinstance(value, str)}

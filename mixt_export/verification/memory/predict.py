@@ -98,14 +98,19 @@ def _activation_peak(shapes: Shapes) -> tuple[int, str]:
     """The largest sum of live buffers, and the node at which it occurs; nodes are in topological order."""
     nodes = shapes.graph.node
     outputs = {value.name for value in shapes.graph.output}
-    last_use = {name: index for index, node in enumerate(nodes) for name in node.input}
+    reads = [_reads(node) for node in nodes]
+    last_use = {name: index for index, names in enumerate(reads) for name in names}
     last_use.update(dict.fromkeys(outputs, len(nodes)))
     buffers = _Buffers(shapes)
     for value in shapes.graph.input:
         buffers.add(value.name)
     peak, peak_node = 0, ""
     for index, node in enumerate(nodes):
-        dying = [name for name in dict.fromkeys(node.input) if last_use.get(name) == index]
+        dying = [name for name in dict.fromkeys(reads[index]) if last_use.get(name) == index]
+        body = shapes.bodies.get(node.name)
+        inside, inner_node = (0, "") if body is None else _activation_peak(body)
+        if buffers.nbytes + inside > peak:
+            peak, peak_node = buffers.nbytes + inside, inner_node
         for output in filter(None, node.output):
             buffers.place(node, output, dying)
         if buffers.nbytes > peak:
@@ -114,6 +119,15 @@ def _activation_peak(shapes: Shapes) -> tuple[int, str]:
         for name in (*dying, *unused):
             buffers.drop(name)
     return peak, peak_node
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Values that a node reads, those that the body of a loop takes from outside included."""
+    names = list(node.input)
+    for entry in node.attribute:
+        if entry.type == onnx.AttributeProto.GRAPH:
+            names += [name for inner in entry.g.node for name in _reads(inner)]
+    return names
 
 
 class _Buffers:

@@ -45,11 +45,16 @@ class Tensor:
 
 @dataclass
 class Shapes:
-    """``tensors`` by value name; ``graph`` with model-local functions inlined, whose nodes they belong to."""
+    """``tensors`` by value name; ``graph`` with model-local functions inlined, whose nodes they belong to.
+
+    ``bodies``: name of a Loop or If -> the same for its body, or the branch that runs, which knows the values outside
+    of it too.
+    """
 
     graph: onnx.GraphProto
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, NDArray[Any]] = field(default_factory=dict)
+    bodies: dict[str, Shapes] = field(default_factory=dict)
 
 
 def infer_shapes(proto: onnx.ModelProto, sizes: Mapping[str, int]) -> Shapes:
@@ -129,6 +134,10 @@ def _interpret(
 def _standard(
     node: onnx.NodeProto, shapes: Shapes, opsets: Mapping[str, int], imports: list[onnx.OperatorSetIdProto]
 ) -> dict[str, Tensor]:
+    at_runtime = _AT_RUNTIME.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    settled = at_runtime(node, shapes, opsets, imports) if at_runtime is not None else None
+    if settled is not None:
+        return settled
     if node.domain not in ("", "ai.onnx") or any(attribute.HasField("g") for attribute in node.attribute):
         raise UnsupportedError(
             f"node {node.name or node.op_type!r}: memory prediction does not know operator "
@@ -157,10 +166,67 @@ def _standard(
     return inferred
 
 
+def _split(node: onnx.NodeProto, shapes: Shapes, *_: Any) -> dict[str, Tensor] | None:
+    """Pieces whose sizes are made while the graph runs: all in the first, which is one of the possible cases.
+
+    The pieces together have the size of the whole whatever the case, and so has what is computed of them.
+    """
+    if len(node.input) < 2 or not node.input[1] or node.input[1] in shapes.values:
+        return None
+    whole = shapes.tensors[node.input[0]]
+    axis = attribute(node, "axis", 0) % len(whole.shape)
+    none = (*whole.shape[:axis], 0, *whole.shape[axis + 1 :])
+    return {name: Tensor(whole.element, whole.shape if index == 0 else none) for index, name in enumerate(node.output)}
+
+
+def _loop(
+    node: onnx.NodeProto, shapes: Shapes, opsets: Mapping[str, int], imports: list[onnx.OperatorSetIdProto]
+) -> dict[str, Tensor]:
+    """A loop without carried values, whose number of passes is known: what each pass gives, one after the other."""
+    body = next(entry.g for entry in node.attribute if entry.name == "body")
+    trips = shapes.values.get(node.input[0])
+    if trips is None or len(body.input) != 2:
+        raise UnsupportedError(f"node {node.name!r} (Loop): memory prediction needs to know its passes beforehand.")
+    inside = Shapes(body, dict(shapes.tensors), dict(shapes.values))
+    inside.tensors[body.input[0].name] = Tensor(onnx.TensorProto.INT64, ())
+    inside.tensors[body.input[1].name] = Tensor(onnx.TensorProto.BOOL, ())
+    for entry in body.node:
+        _interpret(entry, inside, opsets, imports)
+    shapes.bodies[node.name] = inside
+    made = [inside.tensors[value.name] for value in body.output[1:]]
+    return {
+        name: Tensor(tensor.element, (int(trips), *tensor.shape))
+        for name, tensor in zip(node.output, made, strict=True)
+    }
+
+
+def _if(
+    node: onnx.NodeProto, shapes: Shapes, opsets: Mapping[str, int], imports: list[onnx.OperatorSetIdProto]
+) -> dict[str, Tensor]:
+    """The branch that runs at these sizes; its condition has to follow from them."""
+    condition = shapes.values.get(node.input[0])
+    if condition is None:
+        raise UnsupportedError(f"node {node.name!r} (If): memory prediction needs to know its condition beforehand.")
+    wanted = "then_branch" if bool(condition) else "else_branch"
+    branch = next(entry.g for entry in node.attribute if entry.name == wanted)
+    inside = Shapes(branch, dict(shapes.tensors), dict(shapes.values))
+    for entry in branch.node:
+        _interpret(entry, inside, opsets, imports)
+    shapes.bodies[node.name] = inside
+    made = [inside.tensors[value.name] for value in branch.output]
+    return {name: Tensor(tensor.element, tensor.shape) for name, tensor in zip(node.output, made, strict=True)}
+
+
+#: Standard operators whose results depend on more than the inputs' shapes and small values; None: as onnx says.
+_AT_RUNTIME: dict[str, Callable[..., dict[str, Tensor] | None]] = {"Split": _split, "Loop": _loop, "If": _if}
+
+
 def _evaluate(node: onnx.NodeProto, shapes: Shapes, opsets: Mapping[str, int]) -> None:
     """Keep the value of a small result whose inputs' values are all known."""
     outputs = [shapes.tensors[name] for name in node.output if name]
     if any(math.prod(tensor.shape) > _SMALL for tensor in outputs) or node.domain not in ("", "ai.onnx"):
+        return
+    if node.op_type in ("Loop", "If"):  # its body may read what is known outside of it only by shape
         return
     if node.op_type == "Shape":
         attributes = {attribute.name: attribute.i for attribute in node.attribute}

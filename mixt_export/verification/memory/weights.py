@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,18 @@ def count_weights(proto: onnx.ModelProto) -> Weights:
 
 
 def constants(proto: onnx.ModelProto) -> Iterable[onnx.TensorProto]:
-    """Initializers, and the values of Constant nodes."""
-    yield from proto.graph.initializer
-    for node in proto.graph.node:
+    """Initializers and the values of Constant nodes, those inside of branches and loops included."""
+    yield from _inner(proto.graph)
+
+
+def _inner(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
         if node.op_type == "Constant":
             yield from (attribute.t for attribute in node.attribute if attribute.name == "value")
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _inner(attribute.g)
 
 
 def tensor_nbytes(element: int, shape: tuple[int, ...]) -> int:
@@ -77,19 +84,33 @@ def checkpoint_size(folder: Path, layers: int) -> CheckpointSize:
     return CheckpointSize(stored, stored - sum(sizes.get(name, 0) for name in cores) + dense)
 
 
-def mergeable_elements(folder: Path, layers: int) -> int:
-    """Constants that an export can add at most by merging terms of MixT linears: all of them dense.
+def merged_elements(
+    folder: Path,
+    layers: int,
+    forms: Mapping[str, str],
+    reads: Mapping[str, str] | None = None,
+    cores: Mapping[str, str] | None = None,
+    many: Mapping[str, str] | None = None,
+) -> int:
+    """Constants that an export adds to those stored by executing linears in ``forms`` (name of the linear -> form).
 
-    Counted from the headers of ``folder``; blocks from number ``layers`` on are left out.
+    ``cores``: steps that several linears share -> the tensor each reads; ``reads``: what reads their outputs; ``many``:
+    linears -> the second form that runs of many tokens take.
+    Counted anew from the headers of ``folder``: a form that a linear does not have adds nothing. Blocks from number
+    ``layers`` on are left out.
     """
     from mixt_export.checkpoints import open_checkpoint
-    from mixt_export.plan import Mixture
+    from mixt_export.plan import Choice, forms_of, planned_elements, stored_elements
+    from mixt_export.plan.sharing import shared_again
 
-    linears = [linear for name, linear in open_checkpoint(folder).factors.items() if _kept(f"{name}.", layers)]
-    found = [mixture for mixture in map(Mixture.of, linears) if mixture is not None]
-    cores = {term.tensor: math.prod(mixture.core_shape) for mixture in found for term in mixture.terms}
-    dense = sum(mixture.in_features * mixture.out_features for mixture in found)
-    return max(dense - sum(cores.values()), 0)
+    kept = {name: linear for name, linear in open_checkpoint(folder).factors.items() if _kept(f"{name}.", layers)}
+    choices = []
+    for name, linear in shared_again(kept, reads or {}, cores or {}).items():
+        every = forms_of(linear)
+        form = next((form for form in every if form.name == forms.get(name)), every[0])
+        choices.append(Choice(linear, form))
+        choices += [Choice(linear, form) for form in every if many and form.name == many.get(name)]
+    return planned_elements(choices) - stored_elements(choices)
 
 
 def _kept(name: str, layers: int) -> bool:
