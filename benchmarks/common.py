@@ -74,14 +74,19 @@ def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, floa
 
 def publish(name: str, result: dict[str, Any]) -> None:
     """Print ``result`` and keep it, with what it ran on."""
-    import onnxruntime
-
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]}
-    versions = {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
-    text = json.dumps({"benchmark": name, **result, "machine": machine, "versions": versions}, indent=1)
+    text = json.dumps({"benchmark": name, **result, **machine()}, indent=1)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def machine() -> dict[str, Any]:
+    """What a benchmark runs on: processor, cores, load; versions."""
+    import onnxruntime
+
+    found = {"cpu": _cpu(), "cores": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]}
+    versions = {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__}
+    return {"machine": found, "versions": versions}
 
 
 def _cpu() -> str:

@@ -26,7 +26,7 @@ from benchmarks.common import interleaved, paired_ratio, publish, timer
 from mixt_export.lower.functions import load_function
 from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape
 from mixt_export.network import build
-from mixt_export.plan import Form, choose_forms, mixt_forms
+from mixt_export.plan import MixtForm, choose_forms, mixt_forms
 
 SHAPES = ("576x192", "576x576", "576x1536", "1536x576", "2048x2048", "4096x4096", "4096x11008")
 ROWS = (1, 16, 128)
@@ -40,7 +40,7 @@ SLOWEST = 1.05
 _ELEMENTS = {False: (np.float32, TensorProto.FLOAT), True: (np.float16, TensorProto.FLOAT16)}
 
 
-def session(form: Form, copies: int, half: bool) -> ort.InferenceSession:
+def session(form: MixtForm, copies: int, half: bool) -> ort.InferenceSession:
     """``copies`` linears of random weights over one input x (1, rows, in)."""
     rng = np.random.default_rng(0)
     dtype, element = _ELEMENTS[half]

@@ -50,13 +50,14 @@ def write_dense(source: Source, folder: Path) -> None:
     decoder = source.decoder
     names = {decoder.embedding: (decoder.vocab_size, decoder.hidden_size)}
     for block in decoder.blocks:
-        names |= dict.fromkeys((block.input_norm, block.post_attention_norm), (decoder.hidden_size,))
-        names |= {name: (decoder.head_dim,) for name in (block.q_norm, block.k_norm) if name is not None}
+        names |= {norm.weight: (decoder.hidden_size,) for norm in block.norms}
+        heads = (block.attention.q_norm, block.attention.k_norm)
+        names |= {norm.weight: (decoder.head_dim,) for norm in heads if norm is not None}
         for linear in block.linears:
             names[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
             if linear.bias:
                 names[f"{linear.name}.bias"] = (linear.out_features,)
-    names[decoder.final_norm] = (decoder.hidden_size,)
+    names[decoder.final_norm.weight] = (decoder.hidden_size,)
     if decoder.head is not None:
         names[f"{decoder.head.name}.weight"] = (decoder.vocab_size, decoder.hidden_size)
     refs = [TensorRef(name, shape, "float32") for name, shape in names.items()]

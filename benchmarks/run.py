@@ -16,6 +16,7 @@ ALL = (
     "speed",
     "parity",
     "quality",
+    "tensor_train",
     "recovery",
     "sweep",
     "encoder",

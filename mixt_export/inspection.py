@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from mixt_export.checkpoints import Checkpoint, open_checkpoint, paths, strictjson
 from mixt_export.checkpoints.layout import layer_of, place
+from mixt_export.errors import UnsupportedError
 from mixt_export.network import FactorizedLinear, TensorRef
 
 MANIFEST_FILE = "mixt_manifest.json"
@@ -16,6 +19,8 @@ MANIFEST_FILE = "mixt_manifest.json"
 #: Parts of a tensor's name that say it is an embedding or the head (transformers' names).
 _EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "lm_head", "embed_out"})
 _KV_DTYPES = {"float32": 4, "float16": 2}
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 
 Report = dict[str, Any]
 
@@ -62,20 +67,22 @@ def inspect_model(checkpoint: Checkpoint) -> Report:
             "dense_linears": sum(entry["dense_params"] for entry in linears),
         },
         "types": _by_type(checkpoint, linears),
-        "linears": linears,
+        "linears": _experts_together(checkpoint, linears),
+        "plan": _plan(checkpoint),
         "kv_bytes_per_token": kv_bytes_per_token(config),
         "info": dict(checkpoint.info),
     }
 
 
 def inspect_export(path: Path) -> Report:
-    """Report on an exported folder: its manifest and the size of every file."""
+    """Report on an exported folder: its manifest, the size of every file, and the work of its nodes per token."""
     manifest = paths.required_file(path, MANIFEST_FILE, "export the model again")
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     return {
         "kind": "export",
         "path": str(path),
         "manifest": strictjson.load_object(manifest),
+        "work": _work(path),
         "files": {file.relative_to(path).as_posix(): file.stat().st_size for file in files},
     }
 
@@ -102,6 +109,32 @@ def ranks(linear: FactorizedLinear) -> list[list[int]]:
         outer = {label for label, _ in chain(branch.in_modes, branch.out_modes)}
         found.append([size for label, size in branch.sizes().items() if label not in outer])
     return found
+
+
+def _plan(checkpoint: Checkpoint) -> Report | None:
+    """How an export with all defaults would execute the factorised linears; None where there are none."""
+    from mixt_export.plan import choose_forms
+    from mixt_export.plan.report import plan_entry
+
+    factors = sorted(checkpoint.factors.values(), key=lambda linear: place(linear.name))
+    return plan_entry(choose_forms(factors)) if factors else None
+
+
+def _work(path: Path) -> list[Report] | str | None:
+    """Nodes of the graph with their multiply-adds, or why they are unknown; None where there is no graph."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    from mixt_export.verification.work import graph_work
+
+    graph = paths.own_file(path, "model.onnx")
+    if graph is None:
+        return None
+    try:
+        found = graph_work(onnx.load(graph, load_external_data=False))
+    except (DecodeError, UnsupportedError) as error:
+        return str(error) or "the file is no ONNX model"
+    return [asdict(node) for node in found if layer_of(node.name.strip("/").replace("/", ".")) is not None]
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -137,11 +170,70 @@ def _entry(
     return {
         "name": name,
         "layer": layer_of(name),
-        "type": name.rpartition(".")[2],
+        "type": _type_of(name),
         "shape": list(shape),
         "factorised": factorised,
         "method": method,
         "ranks": bonds,
+        "params": params,
+        "dense_params": dense,
+        "share": params / dense if dense else 1.0,
+    }
+
+
+def _type_of(name: str) -> str:
+    """Last part of a linear's name; with ``experts.`` before it where each expert has its own."""
+    return ("experts." if _EXPERT.fullmatch(name) else "") + name.rpartition(".")[2]
+
+
+def experts_folded(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of linears by name, with one entry for those of a layer's experts of one type.
+
+    It holds what is the same for all of them, and how many they are as ``experts``.
+    """
+    result: dict[str, Any] = {}
+    for name, facts in described.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            result[name] = facts
+            continue
+        together = f"{match[1]}.*.{match[3]}"
+        before = result.get(together)
+        kept = facts if before is None else {key: value for key, value in facts.items() if before.get(key) == value}
+        result[together] = {**kept, "experts": 1 if before is None else before["experts"] + 1}
+    return result
+
+
+def _experts_together(checkpoint: Checkpoint, linears: Iterable[Report]) -> list[Report]:
+    """``linears`` with those of a layer's experts as one entry per type, called ``….experts.*.gate_proj``.
+
+    ``shape`` is then (experts, out, in), ``params`` counts a shared tensor once; ``method`` and ``ranks`` are those of
+    the experts if all agree, else ``mixed`` and none; ``factorised``: whether any is.
+    """
+    found: dict[str, list[Report]] = {}
+    for entry in linears:
+        match = _EXPERT.fullmatch(entry["name"])
+        found.setdefault(entry["name"] if match is None else f"{match[1]}.*.{match[3]}", []).append(entry)
+    return [_together(checkpoint, name, entries) if "*" in name else entries[0] for name, entries in found.items()]
+
+
+def _together(checkpoint: Checkpoint, name: str, entries: list[Report]) -> Report:
+    first = entries[0]
+    alike = all(entry["method"] == first["method"] for entry in entries)
+    same = all(entry["ranks"] == first["ranks"] for entry in entries)
+    tensors: dict[str, int] = {}
+    for entry in entries:
+        linear = checkpoint.factors.get(entry["name"])
+        refs = (checkpoint.store[f"{entry['name']}.weight"].ref,) if linear is None else _parameters(linear)
+        tensors.update((ref.name, ref.size) for ref in refs)
+    params, dense = sum(tensors.values()), sum(entry["dense_params"] for entry in entries)
+    return {
+        **first,
+        "name": name,
+        "shape": [len(entries), *first["shape"]],
+        "factorised": any(entry["factorised"] for entry in entries),
+        "method": first["method"] if alike else "mixed",
+        "ranks": first["ranks"] if alike and same else [],
         "params": params,
         "dense_params": dense,
         "share": params / dense if dense else 1.0,

@@ -23,6 +23,7 @@ ORDER = [
     ["compression"],
     ["reference"],
     ["lower"],
+    ["calibration"],
     ["plan"],
     ["families"],
     ["sample", "runtime"],

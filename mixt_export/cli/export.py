@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.export_encoder import describe_encoder, predict_encoder
 from mixt_export.cli.export_trt import describe_trt, judge_fit
 from mixt_export.cli.options import from_toml
 
 if TYPE_CHECKING:
     from mixt_export.plan import FormPlan
-    from mixt_export.targets import ExportPlan, ExportResult
+    from mixt_export.targets import EncoderPlan, ExportPlan, ExportResult
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 @app.command()
 def export(
+    ctx: typer.Context,
     model_dir: Annotated[Path, typer.Argument(help="Model folder: Hugging Face, dense or compressed by mixt.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     target: Annotated[str, typer.Option(help="ort (ONNX Runtime, GenAI), onnx (portable) or trt (TensorRT).")] = "ort",
@@ -30,12 +32,33 @@ def export(
     ] = None,
     num_layers: Annotated[int | None, typer.Option(min=1, help="Only the first N blocks, for a quick look.")] = None,
     optimize_for: Annotated[
-        str, typer.Option(help="Choose executable forms of MixT linears for: balanced, decode, prefill or memory.")
+        str,
+        typer.Option(help="Choose forms of factorised linears for: balanced, decode, prefill or memory."),
     ] = "balanced",
     form: Annotated[
         list[str] | None,
-        typer.Option(metavar="REGEX=FORM", help="Form of the MixT linears that match, e.g. k_proj=dense. Repeatable."),
+        typer.Option(
+            metavar="REGEX=FORM", help="Form of the factorised linears that match, e.g. k_proj=dense. Repeatable."
+        ),
     ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most that all weights may take, e.g. 400MB or 1.5GiB.")
+    ] = None,
+    device_constants: Annotated[
+        str,
+        typer.Option(
+            metavar="default|local|FILE",
+            help="CPU whose speed decides forms: as measured by calibrate-device here, or in a file.",
+        ),
+    ] = "default",
+    variants: Annotated[
+        str,
+        typer.Option(
+            help="Two forms of a linear in one graph, for few and for many tokens: auto, one (wherever predicted to "
+            "help) or none."
+        ),
+    ] = "auto",
+    einsum: Annotated[bool, typer.Option("--einsum", help="Write networks as Einsum nodes, to be read.")] = False,
     device: Annotated[
         str | None, typer.Option(help="trt: the board, such as orin-nano-8gb; decides the dialect and what fits.")
     ] = None,
@@ -65,13 +88,17 @@ def export(
     """Write a (compressed) model as an ONNX folder and prove it against PyTorch."""
     from mixt_export.cli.draw import RichProgress
     from mixt_export.errors import UsageError
+    from mixt_export.targets import EncoderPlan, plan_export
     from mixt_export.targets import export as run
-    from mixt_export.targets import plan_export
+    from mixt_export.targets.constants import constants_named
+    from mixt_export.targets.planning import parse_bytes
     from mixt_export.targets.trt import TrtOptions
 
-    precision = _precision(dtype, fp16=fp16, bf16=bf16)
+    precision = _precision(ctx, {"dtype": dtype, "fp16": fp16, "bf16": bf16})
     trt = TrtOptions(jetpack, device, max_batch, max_input_len, tuple(island or ()), scan)
     forms = [_override(text) for text in form or ()]
+    constants = constants_named(device_constants, target)
+    budget = None if memory_budget is None else parse_bytes(memory_budget, "--memory-budget")
     if dry_run:
         if scan:
             raise UsageError("--scan runs the model, --dry-run reads no weight; leave one out.")
@@ -83,9 +110,17 @@ def export(
             num_layers=num_layers,
             optimize_for=optimize_for,
             forms=forms,
+            memory_budget=budget,
+            variants=variants,
+            einsum=einsum,
+            constants=constants,
             trt=trt,
         )
         _describe(plan)
+        if isinstance(plan, EncoderPlan):
+            predict_encoder(plan)
+            typer.echo("dry run: nothing was written.")
+            return
         _predict(plan)
         typer.echo("dry run: nothing was written.")
         judge_fit(plan)
@@ -101,6 +136,10 @@ def export(
         num_layers=num_layers,
         optimize_for=optimize_for,
         forms=forms,
+        memory_budget=budget,
+        variants=variants,
+        einsum=einsum,
+        constants=constants,
         trt=trt,
         overwrite=overwrite,
         verify=verify,
@@ -110,7 +149,13 @@ def export(
     _conclude(result)
 
 
-def _describe(plan: ExportPlan) -> None:
+def _describe(plan: ExportPlan | EncoderPlan) -> None:
+    from mixt_export.targets import EncoderPlan
+
+    if isinstance(plan, EncoderPlan):
+        describe_encoder(plan)
+        _describe_forms(plan.forms)
+        return
     factors = len(plan.checkpoint.factors)
     decoder = plan.decoder
     typer.echo(
@@ -128,19 +173,22 @@ def _describe(plan: ExportPlan) -> None:
     describe_trt(plan)
 
 
-def _precision(dtype: str, *, fp16: bool, bf16: bool) -> str:
-    """The dtype that --dtype, --fp16 and --bf16 ask for together; UsageError where they contradict each other."""
+def _precision(ctx: typer.Context, given: dict[str, Any]) -> str:
+    """The dtype that --dtype, --fp16 and --bf16 ask for together; UsageError where they contradict each other.
+
+    What stands on the command line wins over a --config file, whichever of the three it is.
+    """
     from mixt_export.errors import UsageError
     from mixt_export.targets.registry import EXPORT_DTYPES
 
-    asked = [name for name, flag in (("fp16", fp16), ("bf16", bf16)) if flag]
-    if len(asked) == 2:
-        raise UsageError("--fp16 and --bf16 contradict each other; give one.")
-    if not asked:
-        return dtype
-    if dtype != "fp32" and EXPORT_DTYPES.get(dtype) != EXPORT_DTYPES[asked[0]]:
-        raise UsageError(f"--dtype {dtype} and --{asked[0]} contradict each other; give one.")
-    return asked[0]
+    sources = {name: getattr(ctx.get_parameter_source(name), "name", "") for name in given}
+    typed = [name for name in given if sources[name] == "COMMANDLINE"]
+    asked = [name for name in typed or given if given[name] and (typed or sources[name] != "DEFAULT")]
+    wanted = {name: given["dtype"] if name == "dtype" else name for name in asked}
+    if len({EXPORT_DTYPES.get(dtype, dtype) for dtype in wanted.values()}) > 1:
+        words = [f"--dtype {given['dtype']}" if name == "dtype" else f"--{name}" for name in asked]
+        raise UsageError(f"{' and '.join(words)} contradict each other; give one.")
+    return str(next(iter(wanted.values()), given["dtype"]))
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -154,20 +202,14 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _describe_forms(forms: FormPlan) -> None:
-    """What the MixT linears became, equal decisions on one line."""
+    """What the factorised linears became, equal decisions on one line."""
     if not forms.choices:
         return
-    stored, planned, dense = forms.stored_elements, forms.planned_elements, forms.dense_elements
-    typer.echo(
-        f"MixT linears, optimised for {forms.objective.name}: {planned:,} weights in the graph, {stored:,} stored, "
-        f"{dense:,} dense"
-    )
-    alike: dict[tuple[str, str], list[str]] = {}
-    for name, choice in forms.choices.items():
-        what = f"{len(choice.mixture.terms)} terms {choice.form.in_features}→{choice.form.out_features}: "
-        alike.setdefault((what + choice.form.name, choice.reason), []).append(name.rpartition(".")[2])
-    for (what, reason), names in alike.items():
-        typer.echo(f"  {what} × {len(names)} ({', '.join(dict.fromkeys(names))}): {reason}")
+    from mixt_export.cli.forms import plan_lines
+    from mixt_export.plan.report import plan_entry
+
+    for line in plan_lines(plan_entry(forms)):
+        typer.echo(line)
 
 
 def _predict(plan: ExportPlan) -> None:

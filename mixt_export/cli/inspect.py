@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
-_LONGEST = 100
+_LONGEST, _WIDEST = 100, 1000
 
 
 @app.command()
@@ -58,6 +58,10 @@ def inspect(
     batch: Annotated[
         int | None, typer.Option(help="With --as: sequences for which memory is told (default 1).")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Model the times on a board such as agx-orin-64gb, block by block; nothing is measured."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what a model folder or exported folder holds, from headers only; with --as what a model would need."""
@@ -74,7 +78,7 @@ def inspect(
     if described is not None:
         if model is not None:
             raise UsageError(f"give either the folder {model} or --as {described}, not both.")
-        report = _account(described, counting)
+        report = _account(described, counting, device)
     else:
         given = [option for option, value in counting.items() if value is not None]
         if given:
@@ -83,9 +87,14 @@ def inspect(
             )
         if model is None:
             raise UsageError("name a model folder or an exported folder, or --as PRESET to count without weights.")
-        from mixt_export.inspection import inspect as report_on
+        if device is not None:
+            from mixt_export.cli.times import times_of_folder
 
-        report = report_on(model)
+            report = times_of_folder(model, device)
+        else:
+            from mixt_export.inspection import inspect as report_on
+
+            report = report_on(model)
     if as_json:
         import json
 
@@ -97,7 +106,7 @@ def inspect(
     _PRINTERS[report["kind"]](console, report)
 
 
-def _account(described: str, given: dict[str, Any]) -> dict[str, Any]:
+def _account(described: str, given: dict[str, Any], device: str | None) -> dict[str, Any]:
     """The accounting report for the options of the command line; None stands for an option's default."""
     from mixt_export.accounting import Request, account, open_source
     from mixt_export.selection import parse_sizes
@@ -112,6 +121,10 @@ def _account(described: str, given: dict[str, Any]) -> dict[str, Any]:
         paper_padding=bool(given["--paper-padding"]),
         keep=given["--keep"],
     )
+    if device is not None:
+        from mixt_export.cli.times import times_of_source
+
+        return times_of_source(described, given["--method"], request, device)
     shape = {"seq": given["--seq"], "batch": given["--batch"]}
     shape = {name: value for name, value in shape.items() if value is not None}
     return account(open_source(described), given["--method"], request, **shape)
@@ -152,16 +165,32 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
     console.print(_facts(report["path"], facts))
     console.print(_types(report["types"]))
     console.print(_layers(report["linears"]))
+    from mixt_export.cli.forms import plan_lines
+
+    for line in plan_lines(report["plan"]):
+        console.print(_clean(line, _WIDEST), soft_wrap=True)
 
 
 def _print_export(console: Console, report: dict[str, Any]) -> None:
-    files = report["files"]
-    facts = dict(_flat(report["manifest"]))
+    from mixt_export.cli.forms import linears_line, plan_lines, work_lines
+
+    files, manifest = report["files"], dict(report["manifest"])
+    plan, linears = manifest.pop("plan", None), manifest.pop("linears", None)
+    facts = dict(_flat(manifest))
+    facts["linears"] = linears_line(linears)
     facts["Folder"] = f"{len(files)} files, {_size(sum(files.values()))}"
     console.print(_facts(report["path"], facts))
+    for line in (*plan_lines(plan), *work_lines(report["work"])):
+        console.print(_clean(line, _WIDEST), soft_wrap=True)
 
 
-_PRINTERS = {"model": _print_model, "export": _print_export, "accounting": _print_accounting}
+def _print_times(console: Console, report: dict[str, Any]) -> None:
+    from mixt_export.cli.times import show
+
+    show(console, report)
+
+
+_PRINTERS = {"model": _print_model, "export": _print_export, "accounting": _print_accounting, "times": _print_times}
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
@@ -226,10 +255,10 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _clean(value: Any) -> str:
+def _clean(value: Any, longest: int = _LONGEST) -> str:
     """Text from a file, safe for a terminal: no control characters, not too long."""
     text = "".join(letter if letter.isprintable() else "�" for letter in str(value))
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _size(count: int) -> str:

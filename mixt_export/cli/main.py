@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from mixt_export.cli.guard import guarded
 
-#: verb -> one-line help. The verb `x` lives in mixt_export/cli/x.py as the Typer app `app`.
+#: verb -> one-line help. The verb `x-y` lives in mixt_export/cli/x_y.py as the Typer app `app`.
 VERBS = {
     "sample": "Fetch the sample model (SmolLM2-135M-Instruct) as a Hugging Face folder.",
     "compress": "Replace a model's linear layers by factors.",
@@ -21,9 +21,11 @@ VERBS = {
     "build": "Build the TensorRT engine of an exported folder.",
     "run": "Complete one prompt with an exported folder.",
     "chat": "Talk to an exported folder.",
+    "embed": "Sentence embeddings from an exported encoder.",
     "eval": "Perplexity of a model on a text; KL and agreement against another model.",
     "sweep": "Replace more and more of the last blocks, measure each model, find the transition.",
     "inspect": "Say what a model folder or exported folder holds.",
+    "calibrate-device": "Measure this machine's CPU, for the choice of executable forms.",
     "doctor": "Check this machine: versions, optional packages, memory, disk.",
 }
 
@@ -62,7 +64,7 @@ def _stub(verb: str) -> Any:
 
 def load_verb(verb: str) -> Any:
     """The click command of ``verb``."""
-    command: Any = typer.main.get_command(importlib.import_module(f"mixt_export.cli.{verb}").app)
+    command: Any = typer.main.get_command(importlib.import_module(f"mixt_export.cli.{verb.replace('-', '_')}").app)
     command.name = verb
     return command
 
