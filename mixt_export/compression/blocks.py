@@ -38,6 +38,9 @@ class BlockwiseModel:
     scales its logits.
     """
 
+    predicts = True
+    """Whether it predicts tokens, so that there is a loss."""
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.model: Any = build_skeleton(checkpoint, dtype=torch.float32, attn="sdpa")

@@ -23,6 +23,8 @@ def blockwise(checkpoint: Checkpoint) -> BlockwiseModel:
 class BlockwiseEncoder(BlockwiseModel):
     """The encoder of ``checkpoint``; names carry the prefix that its tensors have in a task model's folder."""
 
+    predicts = False
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         prefix = encoder_of(checkpoint.config, checkpoint.store).prefix
@@ -45,7 +47,7 @@ class BlockwiseEncoder(BlockwiseModel):
         """Raise UnsupportedError: there is none."""
         raise UnsupportedError(
             f"{self.checkpoint.path}: an encoder predicts no tokens, so there is no loss to measure; choose a method "
-            "that needs none, such as svd-llm, and leave controls off (--no-controls)."
+            "that needs none, such as svd-llm."
         )
 
     def _parts(self) -> tuple[list[nn.Module], nn.Module]:

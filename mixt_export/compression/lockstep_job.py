@@ -52,8 +52,9 @@ class LockstepJob(Job):
         if own.refine_steps is not None and own.refine_steps < 0:
             raise UsageError(f"--refine-steps {own.refine_steps}: give 0 for none, or how many.")
         super().__init__(request)
+        self._controlled = own.controls and self.model.predicts
         missing = [EVALUATION[domain] for domain in CONTROL_DOMAINS if not EVALUATION[domain].is_file()]
-        if own.controls and missing:
+        if self._controlled and missing:
             raise UsageError(f"{missing[0]}: is not installed, and controls are scored on it; give --no-controls.")
 
     @abstractmethod
@@ -91,25 +92,25 @@ class LockstepJob(Job):
         """Cores, changed vectors, and the streams that are too large for memory; float32."""
         hidden = self.model.hidden
         stream = self.settings.windows * self.settings.window * hidden
-        streams = (3 if self._shared.controls else 2) * stream if 4 * stream > IN_MEMORY else 0
+        streams = (3 if self._controlled else 2) * stream if 4 * stream > IN_MEMORY else 0
         return 4 * (self.budget + streams + len(self.targets) * hidden)
 
     def run(self, scratch: Scratch, clock: Clock, progress: Progress) -> Result:
         """See Job."""
         with clock.stage("calibration text"):
             windows, texts = self.windows(progress)
-            held_out = self._held_out() if self._shared.controls else []
+            held_out = self._held_out() if self._controlled else []
         made = Made(self, scratch, self.describe)
         refined: list[BlockReport] = []
         solve, params = self.solver()
         variants = {COMPRESSED: Variant(solve, self._refiner(refined), made.finish)}
-        if self._shared.controls:
+        if self._controlled:
             variants[LOW_RANK] = Variant(low_rank_solver(params, self.settings), self._refiner([]), made.count)
             variants[DELETED] = Variant()
         with clock.stage("blocks"):
             outputs = self._blocks(windows, held_out, variants, scratch, progress)
         controls = None
-        if self._shared.controls:
+        if self._controlled:
             with clock.stage("controls"):
                 controls = self._controls(held_out, outputs, variants, made, progress)
         return Result(made.layers(), texts, made.factors, made.tensors, tuple(refined), controls)

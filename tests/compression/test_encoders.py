@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +42,17 @@ def test_blocks_run_as_the_whole_model_does(model: Path) -> None:
     assert float((hidden - wanted).abs().max()) < 1e-5
 
 
-def test_compressed_encoders_export_and_pass(model: Path, tmp_path: Path) -> None:
-    compress(model, tmp_path / "small", method="svd-llm", keep=0.7, blocks="last:2", settings=SETTINGS)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("svd-llm", {"keep": 0.7}),
+        ("tt", {"keep": 0.7, "cores": 2}),
+        ("tucker", {"keep": 0.7}),
+        ("mixt", {"n_tensors": 2, "refine_steps": 0}),
+    ],
+)
+def test_compressed_encoders_export_and_pass(model: Path, tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    compress(model, tmp_path / "small", method=method, blocks="last:2", settings=SETTINGS, **options)
     small = open_checkpoint(tmp_path / "small")
     assert len(small.factors) == 12
     export(tmp_path / "small", tmp_path / "out", verify=False)
