@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other. Takes about two hours on two cores.
+"""All benchmarks, one after the other. Takes several hours on two cores.
 
 python -m benchmarks.run
 """
@@ -13,14 +13,22 @@ ALL = (
     "low_rank_linear",
     "mixt_linear",
     "mixt_memory",
+    "mixt_structure",
+    "moe",
+    "planner",
     "speed",
     "parity",
     "quality",
     "tensor_train",
+    "tucker",
     "recovery",
     "sweep",
     "encoder",
+    "encoder_methods",
+    "jetson_times",
     "trt_build",
+    "trt_numerics",
+    "trt_whole",
 )
 
 
