@@ -9,7 +9,7 @@ stack of weights (``batched``) they are packed in every run, unless the product 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from mixt_export.plan.devices import CPU, NUMBER, Device
@@ -26,56 +26,19 @@ def seconds(form: Form, rows: int, device: Device | Gpu = CPU) -> float:
     """Predicted time of ``form`` for ``rows`` tokens in one run."""
     if isinstance(device, Gpu):
         return device.seconds(form.operations, rows)
-    total = 0.0
-    for operation, before, after in _neighbours(form.operations):
-        if _absorbed(operation, after):
-            continue
-        if before is not None and _absorbed(before, operation):
-            total += _priced(_transposed_right(operation, rows, device), device)
-        else:
-            total += operation_seconds(operation, rows, device)
-    return total
+    return sum(operation_seconds(operation, rows, device) for operation in form.operations)
 
 
 def operation_seconds(operation: Operation, tokens: int, device: Device = CPU) -> float:
     """Predicted time of one operator for ``tokens`` tokens."""
-    return _priced(amounts(operation, tokens, device), device)
+    found = amounts(operation, tokens, device)
+    return sum(amount * float(getattr(device, name)) for name, amount in found.items())
 
 
 def amounts(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
     """How much of each constant of `Device` the operator takes, by the constant's name."""
     found = {"node": 1.0, **_WORK[operation.kind](operation, tokens, device)}
     return {name: amount for name, amount in found.items() if amount}
-
-
-def _priced(found: Mapping[str, float], device: Device) -> float:
-    return sum(amount * float(getattr(device, name)) for name, amount in found.items())
-
-
-def _neighbours(
-    operations: Sequence[Operation],
-) -> Iterator[tuple[Operation, Operation | None, Operation | None]]:
-    """Every operation with the one before and the one after it."""
-    return zip(operations, (None, *operations[:-1]), (*operations[1:], None), strict=True)
-
-
-def _absorbed(operation: Operation, after: Operation | None) -> bool:
-    """Whether ONNX Runtime makes a permutation part of the product behind it (MatmulTransposeFusion)."""
-    return operation.kind == "transpose" and not operation.inner and after is not None and after.kind == "right"
-
-
-def _transposed_right(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
-    """A product whose activation comes transposed: each token has a product, and a pass over the weight, of its own."""
-    rows, inner, columns = operation.rows, operation.inner, operation.columns
-    panels = tokens * inner * _tiles(columns, device)
-    return {
-        "node": 1.0,
-        **_kernel(tokens, rows, inner, columns, device),
-        **_far("read", tokens * rows * inner, device),
-        "call": tokens,
-        "stream": inner * _tiles(columns, device),
-        "pack": panels,
-    }
 
 
 def _right(operation: Operation, tokens: int, device: Device) -> dict[str, float]:
@@ -94,11 +57,12 @@ def _left(operation: Operation, tokens: int, device: Device) -> dict[str, float]
     rows, inner = operation.columns, operation.inner
     packed = _far("pack", calls * inner * columns, device)
     padding = _tiles(columns, device) / columns
+    again = calls if NUMBER * operation.weights > device.cache else 1  # weights beyond the cache are read per product
     return {
         **_kernel(calls, rows, inner, columns, device),
         **{name: amount * padding for name, amount in packed.items()},
         "call": calls,
-        "stream": operation.weights,
+        "stream": operation.weights * again,
     }
 
 

@@ -181,6 +181,10 @@ def _is_matrix(linear: FactorizedLinear, groups: Groups) -> bool:
     return len(groups) == 1 and size >= linear.in_features * linear.out_features
 
 
+#: Forms that a user may ask for by name wherever they are not absurd.
+_PLAIN = ("chain", "chain:reversed")
+
+
 def _pruned(forms: Sequence[NetworkForm], stored: NetworkForm, dense: NetworkForm) -> list[NetworkForm]:
     """Without forms beaten in every respect by another, and at most `_FORMS`; simple orders stay unless far worse."""
     names: dict[str, NetworkForm] = {}
@@ -188,7 +192,8 @@ def _pruned(forms: Sequence[NetworkForm], stored: NetworkForm, dense: NetworkFor
         names.setdefault(form.name, form)
     kept: list[NetworkForm] = []
     for form in sorted(names.values(), key=lambda form: (form.elements, form.macs, _moved(form), form.nodes)):
-        simple = form.name.startswith("chain") and form.macs <= min(2 * stored.macs, NAIVE * dense.macs)
+        limit = NAIVE * dense.macs if form.name in _PLAIN else min(2 * stored.macs, NAIVE * dense.macs)
+        simple = form.name.startswith("chain") and form.macs <= limit
         if simple or not any(_beats(other, form) for other in (stored, *kept, dense)):
             kept.append(form)
     if len(kept) > _FORMS:
@@ -203,9 +208,14 @@ def _beats(better: NetworkForm, form: NetworkForm) -> bool:
         better.elements <= form.elements
         and better.macs <= form.macs
         and _moved(better) <= _moved(form)
-        and better.nodes <= form.nodes
+        and _working(better) <= _working(form)
         and _width(better) >= _width(form)
     )
+
+
+def _working(form: NetworkForm) -> int:
+    """Operators that do more than arrange the activation: what is arranged counts by numbers moved."""
+    return sum(operation.kind not in ("reshape", "transpose") for operation in form.operations)
 
 
 def _width(form: NetworkForm) -> int:

@@ -1,6 +1,7 @@
 """Functions of any network through onnxruntime against float64, and what their bodies may and may not contain."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,13 +23,12 @@ LARGE = build.kronecker("large", (6, 96), (7, 80), 2)
 FLAT_ALLOWED = ALLOWED | {"Shape", "Gather", "Concat"}
 
 
-def run(linear: FactorizedLinear, values: dict[str, np.ndarray], x: np.ndarray, **options: bool) -> np.ndarray:
-    """A model of one call, its operands as initializers, in the dtype of x."""
-    function = function_for(linear, **options)
-    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+def model_of(function: NetworkFunction, linear: FactorizedLinear, values: dict[str, np.ndarray], dtype: np.dtype):
+    """A model of one call, its operands as initializers, in ``dtype``."""
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
     names = [f"operand{index}" for index in range(len(function.operands))]
     constants = [
-        numpy_helper.from_array(values[o.tensor].astype(x.dtype).transpose(o.perm).reshape(o.shape), name)
+        numpy_helper.from_array(values[o.tensor].astype(dtype).transpose(o.perm).reshape(o.shape), name)
         for o, name in zip(function.operands, names, strict=True)
     ]
     graph = helper.make_graph(
@@ -41,6 +41,12 @@ def run(linear: FactorizedLinear, values: dict[str, np.ndarray], x: np.ndarray, 
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("mixt", 1)]
     model = helper.make_model(graph, functions=[function.proto], opset_imports=opsets, ir_version=10)
     onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(linear: FactorizedLinear, values: dict[str, np.ndarray], x: np.ndarray, **options: bool) -> np.ndarray:
+    """What onnxruntime computes, in the dtype of x."""
+    model = model_of(function_for(linear, **options), linear, values, x.dtype)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -170,6 +176,29 @@ def test_low_rank_is_two_matmuls_on_the_cores_in_place() -> None:
         ("Add", ["step1_y", "bias"]),
     ]
     assert function.transposes == 0
+
+
+@pytest.mark.parametrize(
+    "linear",
+    [
+        build.blast("l", 576, 576, 72, (8, 8)),
+        build.tensor_train("l", (4, 6, 4, 6), (4, 6, 4, 6), (8, 8, 8)),
+        build.monarch("l", (24, 24), (24, 24)),
+    ],
+    ids=lambda linear: linear.method,
+)
+def test_onnxruntime_joins_no_transpose_with_what_follows(linear: FactorizedLinear, tmp_path: Path) -> None:
+    """Neither with a product, which would then run token by token, nor two that move one axis each."""
+    order = tuple(range(len(linear.branches[0].cores)))
+    function = function_for(linear, orders=(order,))
+    path = tmp_path / "optimised.onnx"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path), 3
+    model = model_of(function, linear, random_values(linear, 3), np.dtype(np.float32))
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert function.transposes > 0
+    assert (operators["Transpose"], operators["FusedMatMul"]) == (function.transposes, 0)
 
 
 def test_mixt_transposes_are_counted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -65,25 +65,6 @@ def test_batched_product_packs_only_for_several_rows() -> None:
     assert one["stack"] == two["stack_packed"] == 3 * 8 * 16
     assert "stack_packed" not in one and "stack" not in two
     assert (one["mac"], two["mac"]) == (3 * 8 * 16, 2 * 3 * 8 * 16)
-
-
-@dataclass(frozen=True)
-class Operators:
-    """All of a form that the model looks at."""
-
-    operations: tuple[Operation, ...]
-
-
-def test_a_permutation_right_before_a_product_becomes_part_of_it() -> None:
-    """onnxruntime's MatmulTransposeFusion: one product per token, each of which goes through the weight again."""
-    moved, product = Operation("transpose", moved=2 * 9 * 64), right(9, 64, 768)
-    fused = seconds(Operators((moved, product)), 128)  # type: ignore[arg-type]
-    assert fused > 1.3 * seconds(Operators((moved, Operation("reshape"), product)), 128)  # type: ignore[arg-type]
-    expected = 1 + 3 * 9 * 64 * 768 + 27 + 100 + (3 * 9 * 768 - 100) + 100 + (3 * 9 * 64 - 100) + 3 + 4 * 64 * 768
-    assert seconds(Operators((moved, product)), 3, ONE) == expected  # type: ignore[arg-type]
-    blocks = replace(moved, inner=8)
-    apart = operation_seconds(blocks, 128) + operation_seconds(product, 128)
-    assert seconds(Operators((blocks, product)), 128) == apart  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
