@@ -11,13 +11,18 @@ from typing import Any, TypeGuard
 
 from mixt_export.checkpoints import Checkpoint, open_checkpoint, paths, strictjson
 from mixt_export.checkpoints.layout import layer_of, place
-from mixt_export.errors import UnsupportedError
+from mixt_export.errors import MixtError, UnsupportedError
+from mixt_export.families import decoder_of
+from mixt_export.families.encoders import is_encoder
 from mixt_export.network import FactorizedLinear, TensorRef
 
 MANIFEST_FILE = "mixt_manifest.json"
 
 #: Parts of a tensor's name that say it is an embedding or the head (transformers' names).
-_EMBEDDINGS = frozenset({"embed_tokens", "embed_positions", "wte", "wpe", "lm_head", "embed_out"})
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_positions", "wte", "wpe", "lm_head", "embed_out"}
+    | {"word_embeddings", "position_embeddings", "token_type_embeddings"}
+)
 _KV_DTYPES = {"float32": 4, "float16": 2}
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
@@ -55,7 +60,7 @@ def inspect_model(checkpoint: Checkpoint) -> Report:
         "reason": checkpoint.reason,
         "model_type": config["model_type"],
         "architectures": config.get("architectures"),
-        "tied_embeddings": "lm_head.weight" not in store and "lm_head" not in checkpoint.factors,
+        "tied_embeddings": not (is_encoder(config) or "lm_head.weight" in store or "lm_head" in checkpoint.factors),
         "bytes": store.nbytes,
         "bytes_by_dtype": dtypes,
         "files": {file.name: file.stat().st_size for file in store.files},
@@ -90,8 +95,14 @@ def inspect_export(path: Path) -> Report:
 def kv_bytes_per_token(config: Mapping[str, Any]) -> dict[str, int] | None:
     """Bytes of keys and values that one token adds to the cache, by dtype of the cache, or None when unknown.
 
-    layers × 2 × KV heads × head size × bytes of an element.
+    layers × 2 × KV heads × head size × bytes of an element; nothing for an encoder, which has no cache.
     """
+    if is_encoder(config):
+        return {}
+    try:
+        return {dtype: decoder_of(config).kv_bytes_per_token(size) for dtype, size in _KV_DTYPES.items()}
+    except MixtError:
+        pass
     layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
     hidden, kv_heads = config.get("hidden_size"), config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim")

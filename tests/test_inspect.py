@@ -13,12 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from mixt_export.checkpoints import NewTensor, open_checkpoint, write_checkpoint
+from mixt_export.cli.export import app as export_app
 from mixt_export.cli.inspect import app
 from mixt_export.errors import CheckpointError
 from mixt_export.inspection import inspect, kv_bytes_per_token
 from mixt_export.network import build
 from tests.checkpoints import raw
 from tests.tiny import tiny_tensors, write_tiny, write_tiny_low_rank
+from tests.tiny_encoder import write_tiny_encoder
 
 
 def printed(folder: Path, *options: str) -> str:
@@ -155,6 +157,30 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
     config["model_type"] = "evil\x1b[2J[red]"
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "evil�[2J[red]" in printed(tmp_path)
+
+
+def test_control_characters_of_a_method_neither(tmp_path: Path) -> None:
+    """The plan's lines say it, of a folder that inspect reads and of one that is about to be exported."""
+    folder = write_tiny_low_rank(tmp_path / "out", write_tiny(tmp_path / "base"))
+    description = json.loads((folder / "mixt_factors.json").read_text())
+    for linear in description["linears"].values():
+        linear["method"] = "evil\x1b[2J"
+    (folder / "mixt_factors.json").write_text(json.dumps(description))
+    exported = CliRunner().invoke(export_app, [str(folder), "--dry-run"], catch_exceptions=False)
+    for text in (printed(folder), exported.stdout):
+        assert "evil�[2J" in text and "\x1b[2J" not in text
+
+
+def test_keys_that_other_families_call_otherwise(tmp_path: Path) -> None:
+    """GPT-2 says n_layer, n_head and n_embd; an encoder has no cache, and no head that its embeddings could be."""
+    gpt2 = inspect(write_tiny(tmp_path / "gpt2", "gpt2"))
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    assert gpt2["kv_bytes_per_token"]["float16"] == config["n_layer"] * 2 * config["n_embd"] * 2
+    bert = inspect(write_tiny_encoder(tmp_path / "bert"))
+    assert bert["kv_bytes_per_token"] == {} and not bert["tied_embeddings"]
+    assert bert["params"]["embeddings"] == (300 + 64 + 2) * 48
+    text = printed(tmp_path / "bert")
+    assert "an encoder has no cache" in text and "tied to the head" not in text
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,18 @@ def local_path(threads: int = 1) -> Path:
     return stored_path(cpu_name(), str(onnxruntime.__version__), threads)
 
 
+def require_writable(path: Path) -> None:
+    """Try the folder of ``path``, or the next above that is there, so that nothing is measured in vain.
+
+    Raises OSError.
+    """
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    with tempfile.TemporaryDirectory(prefix=".mixt-", dir=above):
+        pass
+
+
 def save(calibration: Calibration, path: Path) -> None:
     """Write ``calibration`` to ``path``; an interruption leaves what was there."""
     values = {

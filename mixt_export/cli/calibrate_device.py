@@ -27,7 +27,7 @@ def calibrate_device(
     """
     from mixt_export.calibration import load_device, save
     from mixt_export.calibration.measure import calibrate
-    from mixt_export.calibration.store import local_path
+    from mixt_export.calibration.store import local_path, require_writable
     from mixt_export.cli.draw import RichProgress
     from mixt_export.errors import UsageError
 
@@ -39,6 +39,7 @@ def calibrate_device(
         return
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name a file with -o.")
+    require_writable(path)
     calibration = calibrate(threads, RichProgress())
     save(calibration, path)
     typer.echo(_text(calibration))

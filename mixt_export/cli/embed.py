@@ -30,6 +30,13 @@ def embed(
         if sys.stdin.isatty():
             raise UsageError("there is no sentence; give some behind the folder, or pipe lines in.")
         texts = [line.strip() for line in sys.stdin if line.strip()]
+    for number, sentence in enumerate(texts, start=1):
+        if any("\ud800" <= letter <= "\udfff" for letter in sentence):
+            raise UsageError(f"sentence {number} is not UTF-8; write it as UTF-8 text.")
+    if similarity and len(texts) < 2:
+        raise UsageError(
+            f"--similarity compares sentences with each other, and there are {len(texts)}; give two or more."
+        )
     runtime = load_runtime("ort_encoder")
     try:
         vectors = runtime.Encoder(folder, threads=threads).embed(texts)

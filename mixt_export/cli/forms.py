@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 _FORM = {"method", "in_features", "out_features", "form", "macs", "transposes", "reason"}
+_WIDEST = 1000
 _LAYER = re.compile(r"\.(\d+)(?=[./])")
 
 
@@ -18,8 +19,23 @@ def linears_line(linears: Any) -> str:
     return ", ".join(f"{count} × {form}" for form, count in counts.items())
 
 
+def clean(value: Any, longest: int = _WIDEST) -> str:
+    """Text from a file, safe for a terminal: no control characters, not too long."""
+    text = "".join(letter if letter.isprintable() else "�" for letter in str(value))
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def plan_lines(plan: Any) -> Iterator[str]:
-    """The manifest's ``plan`` as text, equal decisions on one line; nothing where there is none."""
+    """The manifest's ``plan`` as text, `clean`, equal decisions on one line; nothing where there is none."""
+    return map(clean, _plan_lines(plan))
+
+
+def work_lines(work: Any) -> Iterator[str]:
+    """Multiply-adds per token of the nodes of a written graph, `clean`, equal nodes of all layers on one line."""
+    return map(clean, _work_lines(work))
+
+
+def _plan_lines(plan: Any) -> Iterator[str]:
     if not _is_plan(plan):
         return
     planned, stored, dense = (plan["elements"][key] for key in ("planned", "stored", "dense"))
@@ -41,8 +57,8 @@ def plan_lines(plan: Any) -> Iterator[str]:
         yield f"  {what} × {len(names)} ({', '.join(dict.fromkeys(names))}), {work}: {reason}"
 
 
-def work_lines(work: Any) -> Iterator[str]:
-    """Multiply-adds per token of the nodes of a written graph, equal nodes of all layers on one line, by module."""
+def _work_lines(work: Any) -> Iterator[str]:
+    """By module."""
     if work is None:
         return
     if isinstance(work, str):

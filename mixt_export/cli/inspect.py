@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
-_LONGEST, _WIDEST = 100, 1000
+_LONGEST = 100
 
 
 @app.command()
@@ -159,16 +159,20 @@ def _print_model(console: Console, report: dict[str, Any]) -> None:
         "  other": f"{params['other']:,}",
         "KV cache": "unknown"
         if kv is None
+        else "none, an encoder has no cache"
+        if not kv
         else ", ".join(f"{_size(count)} per token in {dtype}" for dtype, count in kv.items()),
         **{f"info.{key}": value for key, value in _flat(report["info"])},
     }
     console.print(_facts(report["path"], facts))
     console.print(_types(report["types"]))
+    if sum(kind["params"] for kind in report["types"].values()) > params["linears"]:
+        console.print("(a tensor that linears of several types share counts for each of them)")
     console.print(_layers(report["linears"]))
     from mixt_export.cli.forms import plan_lines
 
     for line in plan_lines(report["plan"]):
-        console.print(_clean(line, _WIDEST), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _print_export(console: Console, report: dict[str, Any]) -> None:
@@ -181,7 +185,7 @@ def _print_export(console: Console, report: dict[str, Any]) -> None:
     facts["Folder"] = f"{len(files)} files, {_size(sum(files.values()))}"
     console.print(_facts(report["path"], facts))
     for line in (*plan_lines(plan), *work_lines(report["work"])):
-        console.print(_clean(line, _WIDEST), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _print_times(console: Console, report: dict[str, Any]) -> None:
@@ -255,10 +259,10 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _clean(value: Any, longest: int = _LONGEST) -> str:
-    """Text from a file, safe for a terminal: no control characters, not too long."""
-    text = "".join(letter if letter.isprintable() else "�" for letter in str(value))
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def _clean(value: Any) -> str:
+    from mixt_export.cli.forms import clean
+
+    return clean(value, _LONGEST)
 
 
 def _size(count: int) -> str:

@@ -184,9 +184,17 @@ class BlockwiseModel:
         return tensor.T.contiguous() if name in self._transposed else tensor
 
     def linear_shape(self, name: str) -> tuple[int, ...]:
-        """(out, in) of the stored dense weight of the linear ``name``. Raises CheckpointError when it is missing."""
+        """(out, in) of the stored dense weight of the linear ``name``.
+
+        Raises CheckpointError when it is missing or no matrix.
+        """
         weight = f"{name}.weight"
         shape = self.checkpoint.store.find(weight).ref.shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {weight!r} has shape {shape}, expected a matrix; download or write "
+                "the model again."
+            )
         return shape[::-1] if weight in self._transposed else shape
 
     def _parts(self) -> tuple[list[nn.Module], nn.Module]:

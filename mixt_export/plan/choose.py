@@ -199,13 +199,16 @@ def _held(options: Mapping[str, Options], chosen: Mapping[str, Form]) -> int:
 
 def _fit(options: Mapping[str, Options], free: Mapping[str, Options], chosen: dict[str, Form], budget: Budget) -> int:
     """Make ``chosen`` as small as ``budget`` demands, naive forms last; returns the numbers left over."""
+    found = []
     for naive in (None, False, True):
         if naive is not None:
             chosen.update({name: option.least(naive=naive) for name, option in free.items()})
         spare = budget.elements - _held(options, chosen)
         if spare >= 0:
             return spare
-    smallest = budget.nbytes - spare * budget.itemsize
+        found.append(spare)
+    # What is least for each linear alone may hold more than forms that read the same tensors.
+    smallest = budget.elsewhere + (budget.elements - max(found)) * budget.itemsize
     raise ResourceError(
         f"--memory-budget: the weights need at least {-(-smallest // 1000) / 1e3:,.3f} MB, the budget is "
         f"{budget.nbytes / 1e6:,.3f} MB ({budget.elsewhere / 1e6:,.3f} MB of them are not factorised); "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mixt_export import network
+from mixt_export.errors import NetworkError
 from mixt_export.network import Branch
 from mixt_export.reference.tensor_mixture import MixTLinear, MixTShape
 
@@ -28,7 +29,10 @@ _TOKENS = ""
 
 
 class FactorizedLinear(nn.Module):
-    """y = Σ_branches scale · network(x) + sparse · x + bias for x (..., in), y (..., out), in the cores' dtype."""
+    """y = Σ_branches scale · network(x) + sparse · x + bias for x (..., in), y (..., out), in the cores' dtype.
+
+    Raises NetworkError where an index of the sparse residual is outside the matrix.
+    """
 
     def __init__(self, linear: network.FactorizedLinear, load: Load, load_index: LoadIndex) -> None:
         super().__init__()
@@ -41,8 +45,9 @@ class FactorizedLinear(nn.Module):
         self.values: nn.Parameter | None = None
         if linear.sparse is not None:
             self.values = load(linear.sparse.values.name)
-            self.register_buffer("rows", load_index(linear.sparse.rows.name), persistent=False)
-            self.register_buffer("cols", load_index(linear.sparse.cols.name), persistent=False)
+            sides = ("rows", linear.sparse.rows, linear.out_features), ("cols", linear.sparse.cols, linear.in_features)
+            for side, ref, bound in sides:
+                self.register_buffer(side, _indices(linear, ref.name, bound, load_index), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -71,6 +76,17 @@ class FactorizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Features and method, as torch prints modules."""
         return f"in_features={self.in_features}, out_features={self.out_features}, method={self.linear.method!r}"
+
+
+def _indices(linear: network.FactorizedLinear, name: str, bound: int, load_index: LoadIndex) -> torch.Tensor:
+    """Stored indices, none below 0 (which torch would count from the end) and none from ``bound`` on."""
+    found = load_index(name)
+    outside = found[(found < 0) | (found >= bound)]
+    if len(outside):
+        raise NetworkError(
+            f"Linear {linear.name!r}: expected indices 0..{bound - 1} in {name!r}, found {int(outside[0])}."
+        )
+    return found
 
 
 def _mixt(linear: network.FactorizedLinear, load: Load, _load_index: LoadIndex) -> nn.Module | None:

@@ -10,7 +10,7 @@ from typing import Any
 from mixt_export.compression.families import FAMILIES
 from mixt_export.compression.method import get_method
 from mixt_export.compression.settings import Settings
-from mixt_export.errors import UsageError
+from mixt_export.errors import UnsupportedError, UsageError
 
 #: The name under which sample.questions.mmlu_dev is asked for.
 MMLU_DEV = "mmlu-dev"
@@ -85,10 +85,16 @@ class SweepOptions:
     def variants(self) -> list[Variant]:
         """The curves, in the order given, each once.
 
-        Raises UnsupportedError for an unknown method, UsageError for values of an argument that it does not have.
+        Raises UnsupportedError for a method that is unknown or has no such argument,
+        UsageError for values of an argument that it does not have.
         """
         names = FAMILIES[get_method(self.method).family].option_names
-        argument = next(name for name in VARIED if name in names)
+        argument = next((name for name in VARIED if name in names), None)
+        if argument is None:
+            sizes = ", ".join(f"--{name.replace('_', '-')}" for name in VARIED)
+            raise UnsupportedError(
+                f"--method {self.method} has none of the sizes that a sweep varies ({sizes}); choose another method."
+            )
         for other in VARIED:
             if other != argument and getattr(self, other):
                 raise UsageError(

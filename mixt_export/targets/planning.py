@@ -16,6 +16,7 @@ from mixt_export.targets.files import initializer_bytes
 from mixt_export.targets.guard import guard_weights
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_LARGEST = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def parse_bytes(text: str, option: str) -> int:
     """Bytes of ``text``: a number and B, KB, MB, GB (powers of 1000), KiB, MiB or GiB. Raises UsageError otherwise."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     factor = _UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or not float(match[1]):
+    size = float(match[1]) * factor if match and factor else 0.0
+    if not 1 <= size < _LARGEST:
         raise UsageError(f"{option} {text}: is no size; write a number with a unit, such as 400MB or 1.5GiB.")
-    return int(float(match[1]) * factor)
+    return int(size)

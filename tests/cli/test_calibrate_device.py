@@ -80,10 +80,14 @@ def test_a_machine_too_busy_to_be_measured(
 def test_bad_input_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(measure, "_timing", lambda probe, threads: pytest.fail("measured before looking at -o"))
     for arguments, said in (
         (("--show",), "no such file of device constants"),
         (("-o", str(tmp_path)), "is a folder"),
         (("--threads", "0"), "greater than"),
+        (("-o", str(file / "below")), "Not a directory"),
     ):
         assert run(monkeypatch, *arguments) == 2
         text = capsys.readouterr().err

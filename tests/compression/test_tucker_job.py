@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.compression import CompressionReport, compress, plan
-from mixt_export.errors import UsageError
+from mixt_export.errors import CheckpointError, ResourceError, UsageError
 from mixt_export.network import densify
 from mixt_export.reference import load_reference
+from mixt_export.targets.dispatch import plan_export
 from tests.compression.test_cli import mixt
 from tests.tiny import write_tiny
 
@@ -138,3 +141,29 @@ def test_a_run_prints_the_cores(tmp_path: Path, model: Path, capsys: pytest.Capt
 def test_ranks_of_a_kind_that_is_not_there(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UsageError, match="is of kind single"):
         make(model, tmp_path / "out", include=["self_attn"], tucker_ranks=["single=3"])
+
+
+def test_the_smallest_memory_budget_named_is_one_that_is_met_and_no_larger_than_the_default_plan(
+    tmp_path: Path, model: Path
+) -> None:
+    """Forms that are least for each linear alone hold more than those that read what their neighbours read too."""
+    make(model, tmp_path / "out", keep=0.5)
+    default = plan_export(tmp_path / "out", variants="none").weight_bytes
+    with pytest.raises(ResourceError, match="--memory-budget: the weights need at least") as caught:
+        plan_export(tmp_path / "out", memory_budget=1000)
+    found = re.search(r"at least ([0-9.,]+) MB", str(caught.value))
+    assert found is not None
+    least = round(float(found[1].replace(",", "")) * 1e6)
+    assert least <= default + 1000
+    assert plan_export(tmp_path / "out", memory_budget=least, variants="none").weight_bytes <= least
+
+
+@pytest.mark.parametrize("method", ["tucker", "svd"])
+def test_a_weight_that_is_no_matrix_is_one_sentence(tmp_path: Path, model: Path, method: str) -> None:
+    path = model / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in load_file(path).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name][0].copy()}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj.weight' has shape \(48,\), expected a matrix"):
+        compress(model, tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixt_export.errors import NetworkError
 from mixt_export.network import Branch, Core, FactorizedLinear, TensorRef, build
 from mixt_export.reference.linear import FactorizedLinear as TorchLinear
 from tests.network.cases import CASES, SPARSE_CASES, Case, identity, random_values
@@ -31,6 +32,17 @@ def test_every_structure_computes_its_matrix(case: Case, shape: tuple[int, int])
     found = torch_linear(case.linear, values)(torch.from_numpy(x)).numpy()
     assert found.shape == (*shape, case.linear.out_features)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("side", "index"), [("rows", 5), ("rows", -1), ("cols", 4), ("cols", -2)])
+def test_sparse_indices_outside_the_matrix_are_refused(side: str, index: int) -> None:
+    """Torch itself would take a negative column from the end and compute something."""
+    linear = build.with_sparse(build.low_rank("linear", 4, 5, 2, dtype="float64"), 3)
+    values = random_values(linear, 0) | {f"linear.sparse.{which}": np.array([0, 1, 2]) for which in ("rows", "cols")}
+    torch_linear(linear, values)
+    values[f"linear.sparse.{side}"][1] = index
+    with pytest.raises(NetworkError, match=rf"indices 0..{3 if side == 'cols' else 4} in .*{side}', found {index}"):
+        torch_linear(linear, values)
 
 
 def test_a_tensor_named_twice_is_one_parameter() -> None:

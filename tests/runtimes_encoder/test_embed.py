@@ -15,6 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 from mixt_export.cli.embed import app
+from mixt_export.errors import UsageError
 from mixt_export.runtime import load_runtime
 from mixt_export.targets import export
 from tests.tiny_encoder import write_tiny_encoder
@@ -117,5 +118,9 @@ def test_the_verb(out: Path) -> None:
     cosine = float(np.dot(*vectors))
     pairs = CliRunner().invoke(app, [str(out), "--similarity", "one", "two"])
     assert float(pairs.stdout.split()[0]) == pytest.approx(cosine, abs=1e-4)
+    alone = CliRunner().invoke(app, [str(out), "--similarity", "one"])
+    assert isinstance(alone.exception, UsageError) and "give two or more" in str(alone.exception)
+    broken = CliRunner().invoke(app, [str(out), "one", "tw\udcff"])
+    assert isinstance(broken.exception, UsageError) and "sentence 2 is not UTF-8" in str(broken.exception)
     piped = CliRunner().invoke(app, [str(out)], input="one\n\ntwo\n")
     assert piped.stdout == done.stdout

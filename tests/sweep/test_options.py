@@ -77,6 +77,11 @@ def test_unknown_method() -> None:
         SweepOptions(method="magic").variants()
 
 
+def test_a_method_without_a_size_to_vary() -> None:
+    with pytest.raises(UnsupportedError, match=r"--method laser has none of the sizes .*--n-tensors, --keep"):
+        SweepOptions(method="laser").variants()
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

@@ -166,7 +166,7 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert parse_bytes(text, "--memory-budget") == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-3MB", "1e3", "4 bits", "0"])
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "1e3", "4 bits", "0", "0.4B", "9" * 400, "9" * 30 + "GB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"--memory-budget .*is no size; write a number with a unit"):
         parse_bytes(text, "--memory-budget")
