@@ -15,6 +15,12 @@ _COUNTED = re.compile(r"(last|first):([0-9]{1,9})")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
+def fewer(text: str, count: int) -> bool:
+    """Whether a model of ``count`` blocks has fewer than ``text``, ``last:N`` or ``first:N``, asks for."""
+    counted = _COUNTED.fullmatch(text.strip())
+    return counted is not None and count < int(counted.group(2))
+
+
 def parse_blocks(text: str, count: int) -> tuple[int, ...]:
     """Numbers of the chosen blocks, ascending, each once: ``last:N``, ``first:N``, ``all`` or a list ``0,3,7-9``.
 

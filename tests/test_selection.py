@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixt_export.errors import UsageError
-from mixt_export.selection import parse_blocks, parse_sizes, size_of
+from mixt_export.selection import fewer, parse_blocks, parse_sizes, size_of
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,8 @@ def test_contradicting_and_broken_rules() -> None:
         parse_sizes(["4", "2"], "--n-tensors")
     with pytest.raises(UsageError, match="not a regular expression"):
         parse_sizes(["(=2"], "--n-tensors")
+
+
+@pytest.mark.parametrize(("text", "count", "wanted"), [("last:4", 3, True), ("last:4", 4, False), ("all", 1, False)])
+def test_fewer_blocks_than_asked_for(text: str, count: int, wanted: bool) -> None:
+    assert fewer(text, count) is wanted

@@ -16,6 +16,7 @@ from mixt_export.compression.memory import release_freed
 from mixt_export.compression.stubs import Listen, release, stubbed, stubbed_embeddings
 from mixt_export.errors import CheckpointError, UnsupportedError
 from mixt_export.families import FAMILIES, Decoder, decoder_of
+from mixt_export.families.encoders import is_encoder
 from mixt_export.reference.conv1d import make_linear
 from mixt_export.reference.skeleton import build_skeleton
 from mixt_export.reference.tensors import read_tensor
@@ -200,6 +201,10 @@ class BlockwiseModel:
     def _parts(self) -> tuple[list[nn.Module], nn.Module]:
         """Blocks and final norm: by the names of the family, else where most decoders have them."""
         base, kind = self.base, f"a {self.checkpoint.config.get('model_type')!r} model"
+        if is_encoder(self.checkpoint.config):
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {kind} is an encoder, which predicts no tokens; give a decoder."
+            )
         if self._decoder is not None:
             norm = self.model.get_submodule(self._decoder.final_norm.weight.removesuffix(".weight"))
             return [self.model.get_submodule(block.prefix) for block in self._decoder.blocks], norm

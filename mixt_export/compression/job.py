@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.network import FactorizedLinear
 from mixt_export.progress import Progress
 from mixt_export.reference.tensors import torch_dtype
-from mixt_export.selection import parse_blocks
+from mixt_export.selection import fewer, parse_blocks
 
 Windows = np.ndarray[Any, Any]
 """Token ids (windows, length) int64."""
@@ -75,6 +75,8 @@ class Job(ABC):
                 f"{self.checkpoint.path}: is factorised already; compress the dense model it was made from."
             )
         self.model = blockwise(self.checkpoint)
+        if not request.blocks_given and fewer(request.blocks, self.model.blocks):
+            self.request = replace(request, blocks="all")
         self.targets = tuple(self._select())
         for name in self.targets:
             self.checkpoint.store.find(f"{name}.weight")

@@ -58,7 +58,10 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. ``own``: the options of the method's family, an object of its ``options`` class."""
+    """What was asked for. ``own``: the options of the method's family, an object of its ``options`` class.
+
+    ``blocks_given``: False where ``blocks`` is the family's default, which a model may have too few blocks for.
+    """
 
     model_dir: Path
     output: Path
@@ -72,6 +75,7 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     overwrite: bool = False
+    blocks_given: bool = True
 
     @property
     def family(self) -> Family:
@@ -104,10 +108,19 @@ class Request:
         own = family.options(**{name: given.pop(name) for name in family.option_names if name in given})
         settings = given.pop("settings", None) or Settings()
         _check_settings(settings, method, family)
-        blocks = given.pop("blocks", None) or family.blocks
+        asked = given.pop("blocks", None)
         for name in ("include", "exclude", "calib"):
             given[name] = tuple(given.get(name) or ())
-        return cls(Path(model_dir), Path(output), method, own, blocks, settings=settings, **given)
+        return cls(
+            Path(model_dir),
+            Path(output),
+            method,
+            own,
+            asked or family.blocks,
+            settings=settings,
+            blocks_given=bool(asked),
+            **given,
+        )
 
 
 def _check_settings(settings: Settings, method: Method, family: Family) -> None:

@@ -12,6 +12,7 @@ import torch
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.compression import compress
 from mixt_export.compression.encoder_blocks import BlockwiseEncoder
+from mixt_export.compression.recover import recover
 from mixt_export.compression.settings import Settings
 from mixt_export.errors import UnsupportedError
 from mixt_export.reference import load_reference
@@ -65,3 +66,10 @@ def test_methods_that_need_a_loss_say_so(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="an encoder predicts no tokens"):
         compress(model, tmp_path / "small", method="gfw-svd", settings=SETTINGS)
     assert not (tmp_path / "small").exists()
+
+
+def test_recovery_is_for_decoders(model: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "small", method="svd", keep=0.7, blocks="last:1", settings=SETTINGS)
+    with pytest.raises(UnsupportedError, match="is an encoder, which predicts no tokens; give a decoder"):
+        recover(tmp_path / "small", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

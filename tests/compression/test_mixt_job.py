@@ -377,3 +377,11 @@ def test_blocks_that_keep_their_order_are_told(tmp_path: Path, model: Path, text
     assert not said
     make(model, tmp_path / "part", text, exclude=["down_proj"], **given)
     assert len(said) == 1 and said[0].startswith("blocks 2 keep the order of their hidden channels")
+
+
+def test_the_default_blocks_fit_a_small_model(tmp_path: Path) -> None:
+    """last:4 is the default; a model of three blocks is taken whole, one that is asked for four is not."""
+    folder = write_tiny(tmp_path / "model")
+    assert plan(folder, tmp_path / "out", method="mixt", n_tensors=2).recipe["blocks"] == "all"
+    with pytest.raises(UsageError, match="the model has 3 blocks"):
+        plan(folder, tmp_path / "out", method="mixt", n_tensors=2, blocks="last:4")
