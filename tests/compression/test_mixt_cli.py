@@ -59,7 +59,7 @@ def test_a_dry_run_says_the_recipe(tmp_path: Path, model: Path, capsys: pytest.C
         (["--method", "mixt", "--blocks", "last:2", "--n-tensors", "1"], "give 2 or more"),
         (["--method", "mixt", "--blocks", "last:2", "--n-tensors", "many"], "--n-tensors many"),
         (["--method", "mixt", "--blocks", "last:2", "--bond", "7"], "7^3 = 343"),
-        (["--method", "mixt"], "has 3 blocks"),
+        (["--method", "mixt", "--blocks", "last:4"], "has 3 blocks"),
         (["--blocks", "some"], "'some' is not understood"),
         (["--blocks", "3"], "no block 3"),
     ],
