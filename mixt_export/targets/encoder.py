@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import onnx_ir as ir
 
 from mixt_export import __version__
 from mixt_export.checkpoints import Checkpoint, check_finite, open_checkpoint
@@ -20,14 +17,12 @@ from mixt_export.families.encoder_wiring import Encoder
 from mixt_export.families.encoders import encoder_of
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.encoder import encoder_factors, lower_encoder
-from mixt_export.lower.weights import STREAMED_FILE, write_streamed
 from mixt_export.plan import CPU, Device, FormPlan
 from mixt_export.plan.report import plan_entry
 from mixt_export.progress import SILENT, Progress
-from mixt_export.resources import resource
 from mixt_export.staging import check_output, require_space, staged_folder
-from mixt_export.targets.export import GRAPH_FILE, ExportResult
-from mixt_export.targets.files import place, sha256, write_json
+from mixt_export.targets.export import ExportResult
+from mixt_export.targets.files import write_json, write_model
 from mixt_export.targets.manifest import FILE, SCHEMA, linear_entry, special_token_ids
 from mixt_export.targets.planning import FormOptions, lower_planned
 from mixt_export.targets.registry import Target, dtype_named, target_named
@@ -127,20 +122,9 @@ def export_encoder(
 
 def _write(plan: EncoderPlan, folder: Path, digests: Mapping[str, str], progress: Progress) -> bool:
     """Fill ``folder``; returns whether every weight file could be hardlinked."""
-    checkpoint, weights = plan.checkpoint, plan.lowered.weights
-    linked = [place(path, folder) for path in sorted(weights.linked)]
-    write_streamed(weights, folder, progress)
-    ir.save(plan.lowered.model, folder / GRAPH_FILE)
-    for path in (checkpoint.path / "config.json", *checkpoint.companions()):
-        shutil.copyfile(path, folder / path.name)
-    runtime = resource("runtimes") / _DEVICE_FILES
-    shutil.copytree(runtime, folder / "device", ignore=shutil.ignore_patterns("__*"))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in weights.linked}
-    for name in (GRAPH_FILE, STREAMED_FILE):
-        if (folder / name).is_file():
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    linked, files = write_model(plan.checkpoint, plan.lowered, _DEVICE_FILES, folder, digests, progress)
     write_json(folder / FILE, _manifest(plan, files))
-    return all(linked)
+    return linked
 
 
 def _manifest(plan: EncoderPlan, files: Mapping[str, Any]) -> dict[str, Any]:

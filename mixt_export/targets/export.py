@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,13 +18,12 @@ from mixt_export.families import Decoder, decoder_of
 from mixt_export.lower import LoweredModel, factors_of, lower_decoder
 from mixt_export.lower.overflow import Extremes, islands_for
 from mixt_export.lower.precision import Islands
-from mixt_export.lower.weights import STREAMED_FILE, itemsize, write_streamed
+from mixt_export.lower.weights import itemsize
 from mixt_export.plan import CPU, Device, FormPlan
 from mixt_export.plan.variants import checked_mode
 from mixt_export.progress import SILENT, Progress
-from mixt_export.resources import resource
 from mixt_export.staging import check_output, require_space, staged_folder
-from mixt_export.targets.files import place, sha256, write_json
+from mixt_export.targets.files import write_json, write_model
 from mixt_export.targets.genai import genai_config
 from mixt_export.targets.manifest import FILE, build_manifest
 from mixt_export.targets.planning import FormOptions, lower_planned
@@ -35,7 +33,6 @@ from mixt_export.targets.trt import TrtOptions, TrtSettings, dialect_for, joined
 if TYPE_CHECKING:
     from mixt_export.targets.encoder import EncoderPlan
 
-GRAPH_FILE = "model.onnx"
 
 #: Positions in the rotary tables unless asked otherwise: long contexts cost table space and are rare on a device.
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -245,20 +242,8 @@ def export(
 
 def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Progress) -> bool:
     """Fill ``folder``; returns whether every weight file could be hardlinked."""
-    checkpoint, weights = plan.checkpoint, plan.lowered.weights
-    linked = [place(path, folder) for path in sorted(weights.linked)]
-    write_streamed(weights, folder, progress)
-    ir.save(plan.lowered.model, folder / GRAPH_FILE)
-    for path in (checkpoint.path / "config.json", *checkpoint.companions()):
-        shutil.copyfile(path, folder / path.name)
-    if plan.target.device_files is not None:
-        shutil.copytree(
-            resource("runtimes") / plan.target.device_files, folder / "device", ignore=shutil.ignore_patterns("__*")
-        )
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in weights.linked}
-    for name in (GRAPH_FILE, STREAMED_FILE):
-        if (folder / name).is_file():
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    checkpoint = plan.checkpoint
+    linked, files = write_model(checkpoint, plan.lowered, plan.target.device_files, folder, digests, progress)
     manifest = build_manifest(
         plan.target,
         checkpoint,
@@ -274,7 +259,7 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
         generation = load_optional(folder / "generation_config.json")
         write_json(folder / "genai_config.json", genai_config(manifest, checkpoint.config, generation))
     write_json(folder / FILE, manifest)
-    return all(linked)
+    return linked
 
 
 def _write_device(source: Path, folder: Path, model: ir.Model, *, golden: bool, progress: Progress) -> None:

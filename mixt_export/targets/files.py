@@ -4,12 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from mixt_export.checkpoints import Checkpoint
+from mixt_export.lower import LoweredModel
+from mixt_export.lower.weights import STREAMED_FILE, write_streamed
+from mixt_export.progress import Progress
+from mixt_export.resources import resource
 from mixt_export.staging import link_or_copy, require_space
+
+GRAPH_FILE = "model.onnx"
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    lowered: LoweredModel,
+    device_files: str | None,
+    folder: Path,
+    digests: Mapping[str, str],
+    progress: Progress,
+) -> tuple[bool, dict[str, dict[str, Any]]]:
+    """Write graph, weights, companions and the device files (a folder under runtimes/) into ``folder``.
+
+    ``digests``: SHA-256 of the checkpoint's weight files. Returns whether every one of them could be hardlinked, and
+    bytes and SHA-256 of the files that hold graph or weights. Raises ResourceError without space.
+    """
+    weights = lowered.weights
+    linked = [place(path, folder) for path in sorted(weights.linked)]
+    write_streamed(weights, folder, progress)
+    ir.save(lowered.model, folder / GRAPH_FILE)
+    for path in (checkpoint.path / "config.json", *checkpoint.companions()):
+        shutil.copyfile(path, folder / path.name)
+    if device_files is not None:
+        source = resource("runtimes") / device_files
+        shutil.copytree(source, folder / "device", ignore=shutil.ignore_patterns("__*"))
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in weights.linked}
+    for name in (GRAPH_FILE, STREAMED_FILE):
+        if (folder / name).is_file():
+            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    return all(linked), files
 
 
 def place(path: Path, folder: Path) -> bool:
