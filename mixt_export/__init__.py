@@ -1,7 +1,8 @@
 """mixt-export: compile, export and prove tensor-compressed language models for edge devices.
 
 The Python API mirrors the command line and imports lazily: ``mixt_export.compress``, ``mixt_export.recover``,
-``mixt_export.export``, ``mixt_export.verify``, ``mixt_export.load_reference``, ``mixt_export.open_checkpoint``.
+``mixt_export.export``, ``mixt_export.verify``, ``mixt_export.convert``, ``mixt_export.load_reference``,
+``mixt_export.open_checkpoint``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "open_checkpoint": "mixt_export.checkpoints",
     "load_reference": "mixt_export.reference",
+    "convert": "mixt_export.checkpoints.convert",
     "compress": "mixt_export.compression",
     "recover": "mixt_export.compression.recover",
     "export": "mixt_export.targets",

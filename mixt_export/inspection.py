@@ -63,7 +63,7 @@ def inspect_model(checkpoint: Checkpoint) -> Report:
         "tied_embeddings": not (is_encoder(config) or "lm_head.weight" in store or "lm_head" in checkpoint.factors),
         "bytes": store.nbytes,
         "bytes_by_dtype": dtypes,
-        "files": {file.name: file.stat().st_size for file in store.files},
+        "files": {_file_name(checkpoint, file): file.stat().st_size for file in store.files},
         "params": {
             "total": total,
             "embeddings": in_embeddings,
@@ -77,6 +77,11 @@ def inspect_model(checkpoint: Checkpoint) -> Report:
         "kv_bytes_per_token": kv_bytes_per_token(config),
         "info": dict(checkpoint.info),
     }
+
+
+def _file_name(checkpoint: Checkpoint, file: Path) -> str:
+    """The name of a weight file in its folder; the whole path where it is another folder's."""
+    return file.relative_to(checkpoint.path).as_posix() if file.is_relative_to(checkpoint.path) else str(file)
 
 
 def inspect_export(path: Path) -> Report:

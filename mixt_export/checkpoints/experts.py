@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mixt_export.checkpoints.store import StoredTensor, TensorStore
@@ -61,4 +62,4 @@ def _pieces(stored: StoredTensor, prefix: str, linears: tuple[str, ...]) -> Iter
         expert, part = divmod(number, len(linears))
         name = f"{prefix}.{expert}.{linears[part]}.weight"
         ref = TensorRef(name, (rows, shape[2]), stored.ref.dtype)
-        yield StoredTensor(ref, stored.path, stored.offset + number * nbytes, nbytes)
+        yield replace(stored, ref=ref, offset=stored.offset + number * nbytes, nbytes=nbytes)

@@ -60,67 +60,112 @@ def check_finite(
 ) -> dict[str, str]:
     """Read the floating tensors ``names`` (default: all) once and raise CheckpointError at the first NaN or Inf.
 
-    With ``digests``, every file of the store is read whole and {file name: SHA-256 in hex} is returned; without, the
-    result is empty. Memory: two buffers of 1 MB.
+    With ``digests``, every file that an export may link is read whole and {file name: SHA-256 in hex} is returned;
+    without, the result is empty. Memory: two buffers of 1 MB, and one virtual tensor at a time.
     """
     wanted = set(store if names is None else names)
     for name in wanted:
         store.find(name)
     by_file: dict[Path, list[StoredTensor]] = {}
+    virtual = []
     for name, stored in store.items():
-        if digests or (name in wanted and stored.ref.dtype in EXPONENT_MASK):
+        checked = name in wanted and stored.ref.dtype in EXPONENT_MASK
+        if stored.made is not None:
+            virtual += [stored] if checked else []
+        elif checked or (digests and stored.linkable):
             by_file.setdefault(stored.path, []).append(stored)
-    total = sum(stored.nbytes for tensors in by_file.values() for stored in tensors)
+    total = sum(stored.nbytes for tensors in (*by_file.values(), virtual) for stored in tensors)
     scan, buffer = FiniteScan(), memoryview(bytearray(CHUNK))
     result = {}
     with progress.task("checking weights", total) as advance:
         for path, tensors in by_file.items():
-            digest = hashlib.sha256() if digests else None
+            hashing = digests and any(stored.linkable for stored in tensors)
             with path.open("rb", buffering=0) as file:
-                if digest is not None:
-                    _hash_header(file, digest, buffer, min(stored.offset for stored in tensors))
+                reader = _Reader(file, path, buffer, hashlib.sha256() if hashing else None)
                 for stored in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
-                    _scan_tensor(file, stored, scan if stored.ref.name in wanted else None, digest, buffer)
+                    reader.scan(stored, scan if stored.ref.name in wanted else None)
                     advance(stored.nbytes)
-            if digest is not None:
-                result[path.name] = digest.hexdigest()
+                if hashing:
+                    result[path.name] = reader.digest_of_file()
+        for stored in virtual:
+            _scan_virtual(store, stored, scan)
+            advance(stored.nbytes)
     return result
 
 
-def _hash_header(file: Any, digest: Any, buffer: memoryview, length: int) -> None:
-    """Hash the first ``length`` bytes, where the tensors begin."""
-    while length:
-        count = file.readinto(buffer[:length])
-        if not count:
-            raise CheckpointError(
-                f"{file.name}: ends inside its header; the file changed while it was read: run again."
-            )
-        digest.update(buffer[:count])
-        length -= count
+class _Reader:
+    """Reads tensors of one file in the order of their offsets; with ``digest``, hashes every byte of the file once."""
 
+    def __init__(self, file: Any, path: Path, buffer: memoryview, digest: Any) -> None:
+        self._file, self._path, self._buffer, self._digest = file, path, buffer, digest
+        self._hashed = 0
 
-def _scan_tensor(file: Any, stored: StoredTensor, scan: FiniteScan | None, digest: Any, buffer: memoryview) -> None:
-    file.seek(stored.offset)
-    done = 0
-    while done < stored.nbytes:
-        view = buffer[: stored.nbytes - done]
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])
+    def scan(self, stored: StoredTensor, scan: FiniteScan | None) -> None:
+        """Read ``stored`` and raise CheckpointError at its first NaN or Inf (only read it without ``scan``)."""
+        if self._digest is not None:
+            self._hash_until(stored.offset)
+        self._file.seek(stored.offset)
+        done = 0
+        while done < stored.nbytes:
+            view = self._buffer[: stored.nbytes - done]
+            filled = 0
+            while filled < len(view):
+                count = self._file.readinto(view[filled:])
+                if not count:
+                    raise self._ends(f"the tensor {stored.ref.name!r}")
+                filled += count
+            self._update(view, stored.offset + done)
+            if scan is not None:
+                _check_piece(scan, view, stored, done)
+            done += len(view)
+
+    def digest_of_file(self) -> str:
+        """SHA-256 of the whole file, what lies behind the last tensor included."""
+        self._hash_until(None)
+        return str(self._digest.hexdigest())
+
+    def _hash_until(self, end: int | None) -> None:
+        """Hash what no tensor of the store covers: the header, and tensors that were replaced."""
+        self._file.seek(self._hashed)
+        while end is None or self._hashed < end:
+            view = self._buffer if end is None else self._buffer[: end - self._hashed]
+            count = self._file.readinto(view)
+            if not count and end is not None:
+                raise self._ends("its header")
             if not count:
-                raise CheckpointError(
-                    f"{stored.path}: ends inside the tensor {stored.ref.name!r}; the file changed while it was read: "
-                    "run again when nothing writes to it."
-                )
-            filled += count
-        if digest is not None:
-            digest.update(view)
-        bad = None if scan is None else scan.first_bad(view, stored.ref.dtype)
-        if bad is not None:
-            dtype = numpy_dtype(stored.ref.dtype)
-            value = np.frombuffer(view, dtype)[bad]
-            index = done // dtype.itemsize + bad
-            raise non_finite(
-                stored.path, stored.ref.name, stored.ref.shape, index, value, "download or compress the model again"
-            )
-        done += len(view)
+                return
+            self._update(view[:count], self._hashed)
+
+    def _update(self, view: memoryview, offset: int) -> None:
+        """Hash the part of ``view``, read at ``offset``, that was not hashed before: tensors may share bytes."""
+        if self._digest is None:
+            return
+        new = view[max(self._hashed - offset, 0) :]
+        self._digest.update(new)
+        self._hashed += len(new)
+
+    def _ends(self, where: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}: ends inside {where}; the file changed while it was read: run again when nothing writes "
+            "to it."
+        )
+
+
+def _scan_virtual(store: TensorStore, stored: StoredTensor, scan: FiniteScan) -> None:
+    done = 0
+    for piece in store.chunks(stored.ref.name):
+        _check_piece(scan, piece, stored, done)
+        done += len(piece)
+
+
+def _check_piece(scan: FiniteScan, piece: memoryview | bytes, stored: StoredTensor, done: int) -> None:
+    """Raise CheckpointError when ``piece``, which begins at byte ``done`` of ``stored``, holds NaN or Inf."""
+    bad = scan.first_bad(piece, stored.ref.dtype)
+    if bad is None:
+        return
+    dtype = numpy_dtype(stored.ref.dtype)
+    value = np.frombuffer(piece, dtype)[bad]
+    index = done // dtype.itemsize + bad
+    raise non_finite(
+        stored.path, stored.ref.name, stored.ref.shape, index, value, "download or compress the model again"
+    )

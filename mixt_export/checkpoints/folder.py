@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from mixt_export.checkpoints import huggingface, mixt
+from mixt_export.checkpoints import foreign, huggingface, mixt
 from mixt_export.checkpoints.checkpoint import Checkpoint
-from mixt_export.errors import CheckpointError, UnsupportedError
+from mixt_export.errors import CheckpointError, MixtError, UnsupportedError
 
 
 class Format(Protocol):
@@ -16,7 +16,7 @@ class Format(Protocol):
     NAME: str
 
     def recognise(self, folder: Path) -> str | None:
-        """Why ``folder`` is of this format, or None when it is not. Looks at file names only."""
+        """Why ``folder`` is of this format, or None. Looks at file names, config.json and names of tensors only."""
         ...
 
     def open(self, folder: Path, reason: str) -> Checkpoint:
@@ -25,15 +25,14 @@ class Format(Protocol):
 
 
 #: Asked in this order: a factorised folder also looks like a Hugging Face folder.
-FORMATS: tuple[Format, ...] = (mixt, huggingface)
+FORMATS: tuple[Format, ...] = (mixt, *foreign.FORMATS, huggingface)
 
 #: File name patterns of formats that are not read, and what to do about each.
 _ELSEWHERE = {
     "mixt_manifest.json": (CheckpointError, "is an exported folder; pass the model folder that it was made from"),
     "pytorch_model*.bin*": (
-        UnsupportedError,
-        "holds pickled weights, which can run code when loaded and are not read; convert them to safetensors "
-        "(in Python: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder))",
+        CheckpointError,
+        "holds shards of pickled weights without pytorch_model.bin.index.json; download the index too",
     ),
     "*.pth": (UnsupportedError, "holds pickled weights, which are not read; convert them to a Hugging Face folder"),
     "*.gguf": (UnsupportedError, "holds GGUF weights, which are not read; use the model's Hugging Face folder"),
@@ -68,3 +67,17 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     known, reason = recognise(Path(folder))
     return known.open(Path(folder), reason)
+
+
+def companion(folder: Path, name: str) -> Path | None:
+    """The file ``name`` that belongs to the model in ``folder``: its own, or that of the model it builds on, or None.
+
+    ``folder`` may be an exported folder, whose files are its own.
+    """
+    path = folder / name
+    if path.is_file():
+        return path
+    try:
+        return open_checkpoint(folder).companion(name)
+    except MixtError:
+        return None

@@ -8,24 +8,27 @@ from typing import Any
 
 from mixt_export import network
 from mixt_export.checkpoints import huggingface, paths, strictjson
-from mixt_export.checkpoints.checkpoint import Checkpoint
+from mixt_export.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 from mixt_export.checkpoints.experts import unstacked
+from mixt_export.checkpoints.packed import Packed, unpacked
 from mixt_export.checkpoints.store import TensorStore, open_store
 from mixt_export.errors import CheckpointError, NetworkError, UnsupportedError
 
 NAME = "mixt"
 FACTORS_FILE = "mixt_factors.json"
 FORMAT = "mixt-factors"
-VERSION = 1
+#: The newest version read; a folder is written as the oldest that can say what is in it.
+VERSION = 2
 
-_KEYS = {"format", "version", "linears", "info"}
+#: Keys by version: 2 adds tensors that are stored in parts.
+_KEYS = {1: {"format", "version", "linears", "info"}, 2: {"format", "version", "linears", "info", "packed"}}
 _AGAIN = "write the folder again with mixt compress"
 
 
 def recognise(folder: Path) -> str | None:
     """Why ``folder`` is in our factorised format, or None."""
     path = folder / FACTORS_FILE
-    return f"{FACTORS_FILE} beside {huggingface.CONFIG_FILE}" if path.exists() or path.is_symlink() else None
+    return f"{FACTORS_FILE} beside {CONFIG_FILE}" if path.exists() or path.is_symlink() else None
 
 
 def open(folder: Path, reason: str) -> Checkpoint:
@@ -33,7 +36,7 @@ def open(folder: Path, reason: str) -> Checkpoint:
     path = paths.required_file(folder, FACTORS_FILE, _AGAIN)
     described = read_factors(path)
     config = huggingface.read_config(folder)
-    store = unstacked(open_store(folder), config)
+    store = unstacked(unpacked(open_store(folder), described.get("packed", {}), path), config)
     factors = {name: _linear(path, name, value, store) for name, value in described["linears"].items()}
     check_against_store(factors, store, str(path))
     return Checkpoint(folder, NAME, reason, config, store, factors, described["info"])
@@ -52,20 +55,26 @@ def read_factors(path: Path) -> dict[str, Any]:
             f"{path}: is version {version} of the format, this program reads up to version {VERSION}; "
             "update mixt-export."
         )
-    unknown, missing = sorted(set(described) - _KEYS), sorted(_KEYS - set(described))
+    keys = _KEYS[version]
+    unknown, missing = sorted(set(described) - keys), sorted(keys - set(described))
     if unknown or missing:
         found = f"has the unknown key {unknown[0]!r}" if unknown else f"lacks the key {missing[0]!r}"
-        raise CheckpointError(f"{path}: {found}; version {VERSION} has exactly {', '.join(sorted(_KEYS))}: {_AGAIN}.")
-    for key in ("linears", "info"):
+        raise CheckpointError(f"{path}: {found}; version {version} has exactly {', '.join(sorted(keys))}: {_AGAIN}.")
+    for key in sorted(keys - {"format", "version"}):
         if not isinstance(described[key], dict):
             raise CheckpointError(f"{path}: {key} must be a JSON object; {_AGAIN}.")
     return described
 
 
-def describe_factors(factors: Mapping[str, network.FactorizedLinear], info: Mapping[str, Any]) -> dict[str, Any]:
+def describe_factors(
+    factors: Mapping[str, network.FactorizedLinear], info: Mapping[str, Any], packed: Mapping[str, Packed]
+) -> dict[str, Any]:
     """What mixt_factors.json says: the inverse of read_factors."""
     linears = {name: network.to_json(linear) for name, linear in factors.items()}
-    return {"format": FORMAT, "version": VERSION, "linears": linears, "info": dict(info)}
+    if not packed:
+        return {"format": FORMAT, "version": 1, "linears": linears, "info": dict(info)}
+    parts = {name: tensor.to_json() for name, tensor in packed.items()}
+    return {"format": FORMAT, "version": 2, "linears": linears, "packed": parts, "info": dict(info)}
 
 
 def check_against_store(factors: Mapping[str, network.FactorizedLinear], store: TensorStore, what: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from mixt_export.checkpoints import paths, strictjson
 from mixt_export.checkpoints.dtypes import is_floating, largest, numpy_dtype
 from mixt_export.checkpoints.header import read_header
-from mixt_export.errors import CheckpointError, UnsupportedError
+from mixt_export.errors import CheckpointError, MixtError, UnsupportedError
 from mixt_export.network import TensorRef
 
 #: Bytes read at a time where a tensor is converted or copied in pieces: small enough for the cache of a core.
@@ -25,18 +25,31 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: ``nbytes`` bytes from ``offset`` of the file ``path``, row-major, little-endian."""
+    """Where a tensor lies: ``nbytes`` bytes from ``offset`` of the file ``path``, row-major, little-endian.
+
+    ``linkable`` is False where an exported folder cannot point into ``path`` (it is no safetensors file of the folder).
+    A virtual tensor lies nowhere: ``made()`` gives its value, a new array of shape ``ref.shape`` in float64 or
+    ``ref.dtype``, at every call; ``path`` is then what messages name, ``offset`` 0, and it is never linked.
+    """
 
     ref: TensorRef
     path: Path
     offset: int
     nbytes: int
+    made: Callable[[], np.ndarray[Any, Any]] | None = None
+    linkable: bool = True
+
+    @property
+    def in_file(self) -> bool:
+        """Whether an exported folder can point at the bytes where they lie."""
+        return self.made is None and self.linkable
 
 
 class TensorStore(Mapping[str, StoredTensor]):
     """Mapping from tensor name to StoredTensor, in the order of the files and of their data.
 
     Reading goes through plain file reads, so that resident memory is what the caller holds; only ``array`` maps.
+    Virtual tensors (StoredTensor.made) are read like the others; they are in memory whole while they are.
     """
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -63,8 +76,8 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files, each once."""
-        return tuple(dict.fromkeys(tensor.path for tensor in self._tensors.values()))
+        """The files that hold tensors, each once."""
+        return tuple(dict.fromkeys(tensor.path for tensor in self._tensors.values() if tensor.made is None))
 
     def find(self, name: str) -> StoredTensor:
         """The tensor called ``name``; CheckpointError when the folder has none."""
@@ -81,6 +94,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         stored = self.find(name)
         wanted = dtype or stored.ref.dtype
+        if stored.made is not None:
+            value = _made(stored)
+            return value if wanted == stored.ref.dtype else _convert(value, wanted, stored)
         result = np.empty(stored.ref.shape, numpy_dtype(wanted))
         if wanted == stored.ref.dtype and wanted != "bool":
             view = result.reshape(-1).view(np.uint8).data
@@ -100,6 +116,10 @@ class TensorStore(Mapping[str, StoredTensor]):
         stored = self.find(name)
         itemsize = numpy_dtype(stored.ref.dtype).itemsize
         step = max(limit // itemsize, 1) * itemsize
+        if stored.made is not None:
+            view = _made(stored).reshape(-1).view(np.uint8).data
+            yield from (bytes(view[begin : begin + step]) for begin in range(0, len(view), step))
+            return
         with stored.path.open("rb") as file:
             file.seek(stored.offset)
             left = stored.nbytes
@@ -111,9 +131,13 @@ class TensorStore(Mapping[str, StoredTensor]):
                 yield piece
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """Tensor ``name`` as a read-only view of the mapped file, in its stored dtype."""
+        """Tensor ``name`` in its stored dtype, read-only: a view of the mapped file, or the value of a virtual one."""
         stored = self.find(name)
         dtype = numpy_dtype(stored.ref.dtype)
+        if stored.made is not None:
+            value = _made(stored)
+            value.flags.writeable = False
+            return value
         if not stored.nbytes:
             return np.empty(stored.ref.shape, dtype)
         return np.memmap(stored.path, dtype, "r", stored.offset, stored.ref.shape)
@@ -123,12 +147,13 @@ def open_store(folder: Path) -> TensorStore:
     """The tensors of ``folder``: model.safetensors, or the shards that model.safetensors.index.json lists."""
     single = paths.own_file(folder, SINGLE_FILE)
     if single is not None:
-        return TensorStore(_tensors_of(single))
+        return TensorStore(read_tensors(single))
     index = paths.required_file(folder, INDEX_FILE, "a model folder needs it or model.safetensors")
     return TensorStore(_sharded(folder, index))
 
 
-def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises CheckpointError or UnsupportedError, see header.read_header."""
     return {
         name: StoredTensor(TensorRef(name, entry.shape, entry.dtype), path, entry.offset, entry.nbytes)
         for name, entry in read_header(path).entries.items()
@@ -155,7 +180,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file, path in found.items():
         assert path is not None
-        for name, stored in _tensors_of(path).items():
+        for name, stored in read_tensors(path).items():
             if name in tensors:
                 raise CheckpointError(
                     f"{path}: tensor {name!r} is also in {tensors[name].path.name}; remove the shards of other models."
@@ -190,6 +215,20 @@ def _fill(file: Any, view: memoryview, stored: StoredTensor) -> None:
         done += count
 
 
+def _made(stored: StoredTensor) -> np.ndarray[Any, Any]:
+    """The value of a virtual tensor in its stored dtype, contiguous. MixtError when it is not what was announced."""
+    assert stored.made is not None
+    value = stored.made()
+    if value.shape != stored.ref.shape or value.dtype.name not in (stored.ref.dtype, "float64"):
+        raise MixtError(
+            f"{stored.path}: tensor {stored.ref.name!r} was announced as {stored.ref.dtype} {stored.ref.shape} and "
+            f"made as {value.dtype.name} {value.shape}. Please report this."
+        )
+    if value.dtype.name != stored.ref.dtype:
+        value = _convert(value, stored.ref.dtype, stored)
+    return np.ascontiguousarray(value).reshape(stored.ref.shape)
+
+
 def _ends_inside(stored: StoredTensor) -> CheckpointError:
     return CheckpointError(
         f"{stored.path}: ends inside the tensor {stored.ref.name!r}; the file changed while it was read: "
@@ -212,7 +251,7 @@ def _decode(piece: bytes, stored: StoredTensor) -> np.ndarray[Any, Any]:
 
 def _convert(values: np.ndarray[Any, Any], dtype: str, stored: StoredTensor) -> np.ndarray[Any, Any]:
     """``values`` in ``dtype``; UnsupportedError when a finite value becomes infinite."""
-    source = stored.ref.dtype
+    source = values.dtype.name
     if source == "bfloat16" and dtype == "float32":  # the upper half of a float32: a shift instead of a cast
         widened: np.ndarray[Any, Any] = values.view(np.uint16).astype(np.uint32)
         widened <<= 16

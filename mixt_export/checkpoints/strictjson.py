@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mixt_export.errors import CheckpointError
 
 #: Largest JSON file read (config.json is a few KB, the index of a 1000-shard model a few MB).
 MAX_BYTES = 100_000_000
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def load_object(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Any]:
@@ -20,7 +22,8 @@ def load_object(path: Path, *, limit: int = MAX_BYTES) -> dict[str, Any]:
             f"{path}: holds {size} bytes, more than the {limit} that such a file may have; download it again."
         )
     with path.open("rb") as file:
-        return parse_object(file.read(limit), str(path))
+        # As much as there is, not as much as there may be: `read` takes memory for what it is asked for.
+        return parse_object(file.read(size), str(path))
 
 
 def load_optional(path: Path) -> dict[str, Any]:
@@ -32,8 +35,14 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``text``; ``what`` (a file) begins the message of the CheckpointError."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(text):  # half a pair could be written to no file and no terminal
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{what}: the JSON key {error.args[0]!r} occurs twice; write the file again.") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{what}: holds half a surrogate pair, which is no character; download or write the file again."
+        ) from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{what}: is not UTF-8 text (byte {error.start}); download the file again.") from None
     except (ValueError, RecursionError) as error:

@@ -12,11 +12,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from mixt_export.checkpoints import layout, mixt, paths
-from mixt_export.checkpoints.checkpoint import Checkpoint
+from mixt_export.checkpoints import layout, mixt
+from mixt_export.checkpoints.checkpoint import CONFIG_FILE, Checkpoint
 from mixt_export.checkpoints.dtypes import CODE_OF_NAME, numpy_dtype
 from mixt_export.checkpoints.finite import FiniteScan, non_finite
-from mixt_export.checkpoints.huggingface import CONFIG_FILE
+from mixt_export.checkpoints.packed import Packed
 from mixt_export.checkpoints.store import INDEX_FILE, SINGLE_FILE, StoredTensor, TensorStore
 from mixt_export.errors import NetworkError
 from mixt_export.network import FactorizedLinear, TensorRef
@@ -53,13 +53,15 @@ def write_checkpoint(
     progress: Progress = SILENT,
     *,
     max_shard_size: int = MAX_SHARD_BYTES,
+    packed: Mapping[str, Packed] | None = None,
 ) -> None:
     """Write ``source`` with ``tensors`` added or replaced and the linears of ``factors`` factorised, into ``folder``.
 
     ``factors`` describes every factorised linear of the result, those that ``source`` already had included. Dropped are
     the dense weight of each factorised linear and the cores of ``source`` that no linear uses any more; every other
     tensor is streamed from ``source``; config.json and the companions are copied byte for byte. ``folder`` exists and
-    is empty; use staging.staged_folder around the call. ``max_shard_size``: bytes of data per weight file.
+    is empty; use staging.staged_folder around the call. ``max_shard_size``: bytes of data per weight file. ``packed``:
+    tensors of ``factors`` by name that are stored in parts; those parts are among ``tensors``.
 
     Without ``factors`` the result is a plain Hugging Face folder. Raises CheckpointError for non-finite values and
     missing tensors, NetworkError for tensors that do not fit ``factors``, ResourceError when the disk is too small.
@@ -67,13 +69,35 @@ def write_checkpoint(
     folder = Path(folder)
     plan = _plan(source, list(tensors), factors)
     _check_features(source, factors)
-    refs = [item.ref for item in plan]
+    packed = packed or {}
+    refs = [*(item.ref for item in plan), *(tensor.ref for tensor in packed.values())]
     planned = TensorStore({ref.name: StoredTensor(ref, folder / SINGLE_FILE, 0, ref.nbytes) for ref in refs})
     mixt.check_against_store(factors, planned, str(folder))
-    total = sum(ref.nbytes for ref in refs)
-    require_space(folder, total, "writing the model folder")
     # A tool that sees only a weight file can tell that linears are missing from it by design.
     metadata = {"format": mixt.FORMAT if factors else "pt"}
+    write_weights(folder, source.store, plan, metadata, progress, max_shard_size=max_shard_size)
+    if factors:
+        write_json(folder / mixt.FACTORS_FILE, mixt.describe_factors(factors, info, packed))
+    (folder / CONFIG_FILE).write_bytes(source.config_bytes())
+    for companion in source.companions():
+        shutil.copyfile(companion, folder / companion.name)
+
+
+def write_weights(
+    folder: Path,
+    store: TensorStore,
+    plan: list[NewTensor | StoredTensor],
+    metadata: Mapping[str, str],
+    progress: Progress = SILENT,
+    *,
+    max_shard_size: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the tensors of ``plan`` in its order as safetensors, with an index where there is more than one file.
+
+    Stored ones are streamed from ``store``, checked to be finite. Raises CheckpointError, ResourceError.
+    """
+    total = sum(item.ref.nbytes for item in plan)
+    require_space(folder, total, "writing the model folder")
     shards = list(_shards(plan, max_shard_size))
     scan = FiniteScan()
     weight_map = {}
@@ -84,14 +108,10 @@ def write_checkpoint(
             with path.open("wb") as file:
                 file.write(encode_header([item.ref for item in shard], metadata))
                 for item in shard:
-                    _write_item(file, item, source.store, scan, advance)
+                    _write_item(file, item, store, scan, advance)
             weight_map.update({item.ref.name: name for item in shard})
     if len(shards) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if factors:
-        _write_json(folder / mixt.FACTORS_FILE, mixt.describe_factors(factors, info))
-    for companion in (paths.required_file(source.path, CONFIG_FILE, "copy it back"), *source.companions()):
-        shutil.copyfile(companion, folder / companion.name)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def encode_header(refs: Iterable[TensorRef], metadata: Mapping[str, str], alignment: int = ALIGNMENT) -> bytes:
@@ -189,7 +209,8 @@ def _produced(item: NewTensor) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented UTF-8 JSON; ValueError for NaN and Infinity."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         _dump(value, file)
 

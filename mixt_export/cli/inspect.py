@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
+from mixt_export.cli.low_rank import find_low_rank, print_low_rank
 from mixt_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,9 +64,18 @@ def inspect(
         str | None,
         typer.Option(help="Model the times on a board such as agx-orin-64gb, block by block; nothing is measured."),
     ] = None,
+    base: BaseOption = None,
+    detect_low_rank: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOL",
+            help="Read the weights and name dense linears whose singular values fall below TOL of the largest.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what a model folder or exported folder holds, from headers only; with --as what a model would need."""
+    use_base(base)
     counting = {
         "--method": method,
         "--blocks": blocks,
@@ -78,6 +89,8 @@ def inspect(
     if described is not None:
         if model is not None:
             raise UsageError(f"give either the folder {model} or --as {described}, not both.")
+        if detect_low_rank is not None:
+            raise UsageError("--detect-low-rank reads weights, --as has none; name a model folder.")
         report = _account(described, counting, device)
     else:
         given = [option for option, value in counting.items() if value is not None]
@@ -95,6 +108,8 @@ def inspect(
             from mixt_export.inspection import inspect as report_on
 
             report = report_on(model)
+        if detect_low_rank is not None:
+            report["low_rank"] = find_low_rank(model, detect_low_rank)
     if as_json:
         import json
 
@@ -104,6 +119,8 @@ def inspect(
 
     console = Console(highlight=False, markup=False, emoji=False)
     _PRINTERS[report["kind"]](console, report)
+    if "low_rank" in report:
+        print_low_rank(console, report["low_rank"])
 
 
 def _account(described: str, given: dict[str, Any], device: str | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ VERBS = {
     "embed": "Sentence embeddings from an exported encoder.",
     "eval": "Perplexity of a model on a text; KL and agreement against another model.",
     "sweep": "Replace more and more of the last blocks, measure each model, find the transition.",
+    "convert": "Rewrite a model folder in our own format, or in one that other tools load.",
     "inspect": "Say what a model folder or exported folder holds.",
     "calibrate-device": "Measure this machine's CPU, for the choice of executable forms.",
     "doctor": "Check this machine: versions, optional packages, memory, disk.",

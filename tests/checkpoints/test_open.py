@@ -43,8 +43,12 @@ def test_companions(tmp_path: Path) -> None:
     ("files", "kind", "expected"),
     [
         ((), CheckpointError, "neither model.safetensors nor model.safetensors.index.json"),
-        (("pytorch_model.bin",), UnsupportedError, "pickled weights, .* convert them to safetensors"),
-        (("pytorch_model-00001-of-00002.bin",), UnsupportedError, "pickled weights"),
+        (
+            ("pytorch_model.bin",),
+            UnsupportedError,
+            "no zip file as torch.save writes since .* safetensors",
+        ),
+        (("pytorch_model-00001-of-00002.bin",), CheckpointError, "without pytorch_model.bin.index.json; download"),
         (("consolidated.00.pth",), UnsupportedError, "pickled weights"),
         (("model.Q4.gguf",), UnsupportedError, "GGUF"),
         (("mixt_manifest.json",), CheckpointError, "exported folder; pass the model folder"),
@@ -116,7 +120,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 BAD_FACTORS: dict[str, tuple[Edit, type[Exception], str]] = {
     "wrong format": (lambda d: d.update(format="other"), CheckpointError, "format must be 'mixt-factors', not 'other'"),
-    "newer version": (lambda d: d.update(version=2), UnsupportedError, "version 2 of the format.*update mixt-export"),
+    "newer version": (lambda d: d.update(version=3), UnsupportedError, "version 3 of the format.*update mixt-export"),
     "version no number": (lambda d: d.update(version="1"), CheckpointError, "version must be a whole number"),
     "version true": (lambda d: d.update(version=True), CheckpointError, "version must be a whole number"),
     "unknown key": (lambda d: d.update(extra=1), CheckpointError, "has the unknown key 'extra'"),

@@ -1,0 +1,1 @@
+"""Tests of reading what other tools write, against modules written from the formats' descriptions."""
