@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixt_export.compression.method import DEFAULT_METHOD, METHODS, OBJECTIVES
+from mixt_export.compression.method import DEFAULT_METHOD, METHODS, OBJECTIVES, RANK_RULES
+from mixt_export.compression.recover.settings import RecoverSettings
 from mixt_export.compression.settings import Settings
 from mixt_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from mixt_export.compression import CompressionReport, LayerReport
-    from mixt_export.compression.controls import Controls
+    from mixt_export.compression.controls import Controls, TextScores
     from mixt_export.compression.job import Plan
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +25,8 @@ _DEFAULTS = Settings()
 _LOW_RANK, _MIXT = "Low rank methods", "MixT"
 _TUCKER, _LASER = "Tucker", "LASER"
 _TT = "Tensor trains (tt)"
+_RECOVERY = "Recovery"
+_RECOVER = RecoverSettings()
 _TD_MOE = "Mixture of experts (td-moe)"
 
 
@@ -61,13 +64,38 @@ def compress(
     ranks: Annotated[
         str | None,
         typer.Option(
-            help="auto, uniform, water-filling, or a JSON file {linear: rank}. Default: auto.",
+            help=f"auto, {', '.join(RANK_RULES)}, or a JSON file {{linear: rank}}. Default: auto.",
             rich_help_panel=_LOW_RANK,
         ),
     ] = None,
     objective: Annotated[
         str | None,
         typer.Option(help=f"One of {', '.join(OBJECTIVES)}. Default: the method's own.", rich_help_panel=_LOW_RANK),
+    ] = None,
+    asvd_alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Power of the inputs' mean size that scales the columns (asvd). Default: 0.5.",
+            rich_help_panel=_LOW_RANK,
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OBJECTIVE",
+            help="Refit factors by least squares on the compressed model's inputs to the outputs of this objective: "
+            "shift-aware or anchored. Default: no.",
+            rich_help_panel=_LOW_RANK,
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="remap8",
+            help="Store min(out, in) rows of both factors in 8 bits, the rest in 16; --keep then counts numbers of 16 "
+            "bits. Default: factors in --dtype.",
+            rich_help_panel=_LOW_RANK,
+        ),
     ] = None,
     fisher_windows: Annotated[
         int | None,
@@ -99,7 +127,11 @@ def compress(
     ] = None,
     refine_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of block refinement after the closed form; 0: none.", rich_help_panel=_MIXT),
+        typer.Option(
+            help="Steps of block refinement after the closed form (low rank, mixt, tt); 0: none. Default: 60 for mixt, "
+            "else none.",
+            rich_help_panel=_MIXT,
+        ),
     ] = None,
     controls: Annotated[
         bool | None,
@@ -201,6 +233,34 @@ def compress(
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = _DEFAULTS.windows,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = _DEFAULTS.window,
     seed: Annotated[int, typer.Option(help="Seed of --calib self and of refinement; all else is deterministic.")] = 0,
+    eval_text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="UTF-8 text to score on. Repeatable. Default: two shipped texts."),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Windows of 512 tokens of each text that are scored.")] = 2,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Measure perplexity before and after.")] = True,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep statistics there. Default: $MIXT_STATISTICS, else the user's cache."),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no statistics and use none.")] = False,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="Then train the factors against MODEL on the calibration texts, as mixt recover does.",
+            rich_help_panel=_RECOVERY,
+        ),
+    ] = False,
+    recover_steps: Annotated[
+        int | None, typer.Option(help=f"Default: {_RECOVER.steps}.", rich_help_panel=_RECOVERY)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from OUT.recover after an interruption of --recover.", rich_help_panel=_RECOVERY
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report there too (JSON; always in OUT).")
@@ -218,6 +278,12 @@ def compress(
     from mixt_export.compression.run import compress as run
     from mixt_export.compression.run import plan
 
+    if cache is not None and no_cache:
+        raise UsageError("--cache and --no-cache: give one of them.")
+    if eval_text and not evaluate:
+        raise UsageError("--eval-text and --no-eval: give one of them.")
+    if (resume or recover_steps is not None) and not recover:
+        raise UsageError("--resume and --recover-steps go with --recover.")
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"--report {report}: its folder does not exist; make it first.")
     measured = {"windows": windows, "window": window, "fisher_windows": fisher_windows}
@@ -232,11 +298,18 @@ def compress(
         "dtype": dtype,
         "seed": seed,
         "overwrite": overwrite,
+        "cache": cache or not no_cache,
+        "evaluate": evaluate,
+        "eval_text": eval_text or (),
+        "eval_windows": eval_windows,
     }
     of_a_family = {
         "keep": keep,
         "ranks": ranks,
         "objective": objective,
+        "asvd_alpha": asvd_alpha,
+        "update": update,
+        "store": store,
         "n_tensors": n_tensors,
         "bond": bond,
         "paper_padding": paper_padding,
@@ -262,12 +335,38 @@ def compress(
     if dry_run:
         _show_plan(plan(model, output, **given))
         return
+    if recover:
+        changed = {} if recover_steps is None else {"steps": recover_steps}
+        _recover(model, output, given, replace(_RECOVER, **changed), resume, report)
+        return
     result = run(model, output, progress=RichProgress(), **given)
     _show(result, output)
     if report is not None:
         import json
 
         report.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def _recover(
+    model: Path, output: Path, given: dict[str, Any], settings: RecoverSettings, resume: bool, report: Path | None
+) -> None:
+    """Compress, recover, show both; the file ``report`` gets both, by name."""
+    import json
+
+    from mixt_export.cli.draw import RichProgress
+    from mixt_export.cli.recover import show as show_recovery
+    from mixt_export.compression.recover.recipe import compress_and_recover
+
+    made, recovered = compress_and_recover(
+        model, output, options=given, settings=settings, resume=resume, progress=RichProgress()
+    )
+    if made is not None:
+        _show(made, output)
+    show_recovery(recovered, output)
+    if report is not None:
+        compression = json.loads((output / "compress_report.json").read_text(encoding="utf-8"))
+        both = {"compress": compression, "recover": recovered.to_dict()}
+        report.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
 
 
 def _show_plan(plan: Plan) -> None:
@@ -309,16 +408,34 @@ def _show(report: CompressionReport, output: Path) -> None:
     )
     if report.controls is not None:
         _show_controls(console, report.controls)
+    if report.controls is None or _texts(report.controls.texts) != _texts(report.evaluation):
+        _show_evaluation(console, report)
     if report.search is not None:
         found = report.search
         console.print(
             f"loss {found.before:.4f} → {found.after:.4f} nats on the windows searched on, {found.check_before:.4f} → "
             f"{found.check_after:.4f} on others, {found.trials} trials"
         )
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items() if seconds >= 0.5)
     console.print(
-        f"{sum(report.seconds.values()):.0f} s, peak memory {report.peak_rss_bytes / 1e6:.0f} MB; "
+        f"{sum(report.seconds.values()):.0f} s{f' ({stages})' if stages else ''}, "
+        f"peak memory {report.peak_rss_bytes / 1e6:.0f} MB; "
         f"every layer is in {output / 'compress_report.json'}"
     )
+
+
+def _texts(scores: Sequence[TextScores]) -> list[str]:
+    return [text.text for text in scores]
+
+
+def _show_evaluation(console: Any, report: CompressionReport) -> None:
+    for text in report.evaluation:
+        before, after = text.scores["dense"], text.scores["compressed"]
+        console.print(
+            f"perplexity on {text.text} ({text.domain}, {text.windows} windows of {text.window} tokens): "
+            f"{before.perplexity:.4g} → {after.perplexity:.4g} (×{after.perplexity / before.perplexity:.3f}), "
+            f"KL to dense {after.kl:.3f} nats"
+        )
 
 
 def _became(layers: list[LayerReport]) -> Iterator[str]:

@@ -228,7 +228,7 @@ class BlockwiseModel:
     def _materialise(self, module: nn.Module) -> None:
         path = self._paths[module]
         tensors: Mapping[str, torch.Tensor] = {
-            name: self._read(f"{path}.{name}", meta) for name, meta in module.named_parameters()
+            name: self._read(f"{path}.{name}", meta) for name, meta in module.named_parameters() if meta.is_meta
         }
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)

@@ -22,11 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mixt_export.compression.roots import ROOTS, Triangular, cholesky
 from mixt_export.errors import CheckpointError
-
-#: Cholesky is retried with this much of the mean diagonal added, times ten each time, when rounding made it fail.
-_FIRST_JITTER = 1e-12
-_LAST_JITTER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -46,21 +43,34 @@ class Decomposition:
 
 
 def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """``gram`` + damping · mean(diag) · I in float64; the identity when ``gram`` is zero (an input never excited)."""
-    gram = gram.double()
-    level = float(gram.diagonal().mean())
-    if level <= 0.0:
-        return torch.eye(len(gram), dtype=torch.float64)
-    return gram + damping * level * torch.eye(len(gram), dtype=torch.float64)
+    """``gram`` + damping · mean(diag) · I in float64; the identity when ``gram`` is zero (an input never excited).
 
-
-def anchored_target(weight: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """T = argmin ||W A - T B||² + ridge ||W - T||² = W (C + ridge I)(S + ridge I)⁻¹, ridge = damping · mean diag S.
-
-    ``weight`` (out, in); ``cross`` = mean A Bᵀ, ``gram`` = mean B Bᵀ (in, in). The ridge pulls towards W, not towards
-    zero: where the tokens say nothing the layer stays what it was. Returns (out, in) float64.
+    ``gram``: (in, in), or (in,) where it is diagonal.
     """
-    return regressed(weight, weight.double() @ cross.double(), gram, damping)
+    gram = gram.double()
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    level = float(diagonal.mean())
+    shift = torch.full_like(diagonal, 1.0 if level <= 0.0 else damping * level)
+    return gram + shift if gram.ndim == 1 else gram + torch.diag(shift)
+
+
+def activation_metric(magnitude: torch.Tensor, alpha: float, damping: float) -> torch.Tensor:
+    """(in,) diagonal of S = diag(mean|x_j|^alpha)², damped: ASVD, arXiv 2312.05821, equation 6.
+
+    ``magnitude`` (in,): mean |x_j|.
+    """
+    return damped(magnitude.double() ** (2 * alpha), damping)
+
+
+def anchored_target(weight: torch.Tensor, drift: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """T = argmin ||W A - T B||² + ridge ||W - T||² = W + W D (S + ridge I)⁻¹, ridge = damping · mean diag S.
+
+    ``weight`` (out, in); ``drift`` D = C - S = mean (A - B) Bᵀ, ``gram`` S = mean B Bᵀ (in, in). D is taken from the
+    differences themselves: as C - S of two float32 moments it would be their rounding wherever A and B are close, and
+    the inverse multiplies that. The ridge pulls towards W, not towards zero: where the tokens say nothing the layer
+    stays what it was. Returns (out, in) float64.
+    """
+    return _corrected(weight, weight.double() @ drift.double(), gram, damping)
 
 
 def regressed(weight: torch.Tensor, outputs: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
@@ -68,61 +78,79 @@ def regressed(weight: torch.Tensor, outputs: torch.Tensor, gram: torch.Tensor, d
 
     As ``anchored_target``, from ``outputs`` = mean y Bᵀ (out, in) of the wanted outputs y. Returns (out, in) float64.
     """
+    return _corrected(weight, outputs.double() - weight.double() @ gram.double(), gram, damping)
+
+
+def _corrected(weight: torch.Tensor, residual: torch.Tensor, gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """W + R (S + ridge I)⁻¹ of ``residual`` R = mean (y - W b) bᵀ (out, in)."""
     level = float(gram.diagonal().mean())
     if level <= 0.0:
         return weight.double()
-    ridge = damping * level
-    lower = cholesky(gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64))
-    # T S = Y, solved from the right: Sᵀ Tᵀ = Yᵀ
-    solved: torch.Tensor = torch.cholesky_solve((outputs.double() + ridge * weight.double()).T, lower)
-    return solved.T
+    lower = cholesky(damped(gram, damping))
+    # T S = R, solved from the right: Sᵀ Tᵀ = Rᵀ
+    correction: torch.Tensor = torch.cholesky_solve(residual.T, lower)
+    return weight.double() + correction.T
 
 
 def decompose(
-    target: torch.Tensor, gram: torch.Tensor | None, metric: torch.Tensor | None, max_rank: int
+    target: torch.Tensor,
+    gram: torch.Tensor | None,
+    metric: torch.Tensor | None,
+    max_rank: int,
+    *,
+    root: str = "cholesky",
+    output_gram: torch.Tensor | None = None,
 ) -> Decomposition:
     """Decompose ``target`` (out, in) under the input Gram S (in, in) and the output metric F (out, out).
 
-    ``gram`` None means S = I, ``metric`` None means F = I; both are taken as given (damp them first). Factors are
-    returned for ``max_rank`` directions, balanced: row i of ``down`` and column i of ``up`` have the same norm, so that
-    neither overflows in half precision.
+    ``gram`` None means S = I, (in,) means S = diag(gram); ``metric`` None means F = I; both are taken as given (damp
+    them first). ``root``: which of ROOTS takes the square root of S. ``output_gram`` (in, in): what ``error`` is
+    measured by, S when None. Factors are returned for ``max_rank`` directions, balanced: row i of ``down`` and column i
+    of ``up`` have the same norm, so that neither overflows in half precision.
     """
     target = target.double()
     out_features, in_features = target.shape
-    outer = None if metric is None else cholesky(metric)
-    whitened = target if outer is None else outer.T @ target  # Gᵀ T
+    keep = max_rank if output_gram is None else min(out_features, in_features)
+    outer = None if metric is None else Triangular(metric)
+    whitened = target if outer is None else outer.lower.T @ target  # Gᵀ T
     if out_features <= in_features:
-        weighted = whitened if gram is None else whitened @ gram.double()
-        loss, basis = _eigen_descending(weighted @ whitened.T)
-        images = _solve_transposed(outer, basis)  # G⁻ᵀ u_i: what direction i adds to the output
+        loss, basis = _eigen_descending(_metric_times(whitened, gram) @ whitened.T)
+        images = basis if outer is None else outer.solve_transposed(basis)  # G⁻ᵀ u_i: what i adds to the output
         error = loss * images.square().sum(0)
-        return _balanced(loss, error, images[:, :max_rank], basis[:, :max_rank].T @ whitened)
-    inner = None if gram is None else cholesky(gram)
-    both = whitened if inner is None else whitened @ inner  # M = Gᵀ T L
-    loss, basis = _eigen_descending(both.T @ both)
-    images = (target if inner is None else target @ inner) @ basis  # T L v_i
-    error = images.square().sum(0)
-    return _balanced(loss, error, images[:, :max_rank], _solve_transposed(inner, basis[:, :max_rank]).T)
+        up, down = images[:, :keep], basis[:, :keep].T @ whitened
+    else:
+        inner = None if gram is None else ROOTS[root](gram)
+        both = whitened if inner is None else inner.times(whitened)  # M = Gᵀ T R
+        loss, basis = _eigen_descending(both.T @ both)
+        images = (target if inner is None else inner.times(target)) @ basis  # T R v_i
+        error = images.square().sum(0)
+        up = images[:, :keep]
+        down = (basis[:, :keep] if inner is None else inner.solve_transposed(basis[:, :keep])).T
+    if output_gram is not None:
+        error = _output_errors(up, down, output_gram)
+    return Decomposition(loss, error, *_balanced(up[:, :max_rank], down[:max_rank]))
 
 
-def cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor in float64, adding the least power-of-ten share of the mean diagonal that makes it exist.
+def updated(
+    target: torch.Tensor,
+    gram: torch.Tensor,
+    metric: torch.Tensor | None,
+    up: torch.Tensor,
+    down: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sweep of alternating least squares on tr(F (U V - T) S (U V - T)ᵀ): first U with V fixed, then V with U.
 
-    Raises CheckpointError when ``matrix`` is not finite or not positive semi-definite.
+    The sequential update of SVD-LLM (arXiv 2403.07378, section 3.2; its code solves for U alone). ``target`` T (out,
+    in), ``gram`` S (in, in), ``metric`` F (out, out) or None for the identity, ``up`` U (out, k), ``down`` V (k, in).
+    Neither half can increase the objective, and none can bring it below that of ``decompose``. Returns U and V float64,
+    balanced as there.
     """
-    matrix = matrix.double()
-    if not bool(torch.isfinite(matrix).all()):
-        raise CheckpointError("calibration statistics are not finite: the model overflows on the calibration text.")
-    factor: torch.Tensor
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    jitter = _FIRST_JITTER
-    while int(failed) and jitter <= _LAST_JITTER:
-        level = jitter * float(matrix.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(matrix + level * torch.eye(len(matrix), dtype=torch.float64))
-        jitter *= 10.0
-    if int(failed):
-        raise CheckpointError("calibration statistics are not positive semi-definite; use more calibration tokens.")
-    return factor
+    target, gram, down = target.double(), gram.double(), down.double()
+    seen = gram @ down.T  # S Vᵀ
+    up = target @ seen @ _pseudo_inverse(down @ seen)
+    weighed = up.T if metric is None else up.T @ metric.double()
+    down = _pseudo_inverse(weighed @ up) @ (weighed @ target)
+    return _balanced(up, down)
 
 
 def quadratic_error(difference: torch.Tensor, gram: torch.Tensor) -> float:
@@ -139,14 +167,28 @@ def _eigen_descending(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
-def _solve_transposed(lower: torch.Tensor | None, right: torch.Tensor) -> torch.Tensor:
-    """lower⁻ᵀ right; ``right`` itself when ``lower`` is None (the identity)."""
-    return right if lower is None else torch.linalg.solve_triangular(lower.T, right, upper=True)
+def _metric_times(left: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
+    """``left`` (n, in) times S: (in, in), the diagonal (in,), or None for the identity."""
+    if gram is None:
+        return left
+    return left * gram.double() if gram.ndim == 1 else left @ gram.double()
 
 
-def _balanced(loss: torch.Tensor, error: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Decomposition:
+def _pseudo_inverse(symmetric: torch.Tensor) -> torch.Tensor:
+    """Of a positive semi-definite matrix (k, k); directions of a factor that are zero stay zero."""
+    inverse: torch.Tensor = torch.linalg.pinv(symmetric, hermitian=True)
+    return inverse
+
+
+def _output_errors(up: torch.Tensor, down: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """(r,) e with e[k:].sum() = tr(D S Dᵀ), D = ``up[:, k:] @ down[k:]``, of directions not orthogonal under S."""
+    products = (up.T @ up) * (down @ gram.double() @ down.T)
+    return products.diagonal() + 2 * products.triu(1).sum(1)
+
+
+def _balanced(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give column i of ``up`` and row i of ``down`` the same norm (the gauge is free)."""
     up_norm, down_norm = up.norm(dim=0), down.norm(dim=1)
     usable = (up_norm > 0) & (down_norm > 0)
     scale = torch.where(usable, (down_norm / up_norm.clamp_min(1e-300)).sqrt(), torch.ones_like(up_norm))
-    return Decomposition(loss, error, up * scale, down / scale[:, None])
+    return up * scale, down / scale[:, None]

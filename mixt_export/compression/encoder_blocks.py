@@ -47,7 +47,7 @@ class BlockwiseEncoder(BlockwiseModel):
         """Raise UnsupportedError: there is none."""
         raise UnsupportedError(
             f"{self.checkpoint.path}: an encoder predicts no tokens, so there is no loss to measure; choose a method "
-            "that needs none, such as svd-llm."
+            "that needs none, such as svd-llm, with --ranks uniform or relative."
         )
 
     def _parts(self) -> tuple[list[nn.Module], nn.Module]:

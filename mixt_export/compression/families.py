@@ -17,13 +17,21 @@ class LowRankOptions:
     """Options of the low rank methods.
 
     ``keep``: parameters kept in the targeted linears (factors, plus those that stay dense) over their dense parameters.
-    ``ranks``: "auto" (the method's own rule), "uniform", "water-filling" or the path of a JSON file. ``objective``: see
-    method.OBJECTIVES; None: the method's own.
+    ``ranks``: "auto" (the method's own rule), one of method.RANK_RULES or the path of a JSON file. ``objective``: see
+    method.OBJECTIVES; None: the method's own. ``asvd_alpha``: power of the activations' mean size in ASVD. ``update``:
+    refit the factors by least squares on the compressed model's inputs to the outputs of this objective, shift-aware or
+    anchored; None: not at all. ``refine_steps``: of block refinement after the closed form; None: 0. ``store``:
+    "remap8" stores most of the factors in 8 bits (remap.py) and ``keep`` then counts numbers of 16 bits; None: as they
+    are.
     """
 
     keep: float = 0.9
     ranks: str | Path = "auto"
     objective: str | None = None
+    asvd_alpha: float = 0.5
+    update: str | None = None
+    refine_steps: int | None = None
+    store: str | None = None
 
 
 @dataclass(frozen=True)

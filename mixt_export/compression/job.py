@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mixt_export.checkpoints import NewTensor, open_checkpoint
+from mixt_export.checkpoints.packed import Packed
 from mixt_export.compression.clock import Clock
 from mixt_export.compression.controls import Controls
 from mixt_export.compression.encoder_blocks import blockwise
@@ -18,6 +19,7 @@ from mixt_export.compression.report import BlockReport, LayerReport, SearchRepor
 from mixt_export.compression.request import Request
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.self_text import SELF, sampled_windows
+from mixt_export.compression.statistics_cache import StatisticsCache, cache_of
 from mixt_export.compression.targets import is_expert, select
 from mixt_export.compression.texts import calibration_windows, default_texts, open_tokenizer
 from mixt_export.errors import UnsupportedError, UsageError
@@ -48,7 +50,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made: the IR of the factorised linears, the tensors to write, and what the report says of them."""
+    """What a run made: the IR of the factorised linears, the tensors to write, and what the report says of them.
+
+    ``notes``: sentences the user should read; ``packed``: tensors of the IR that are written in parts, which are among
+    ``tensors``.
+    """
 
     layers: tuple[LayerReport, ...]
     texts: tuple[TextReport, ...]
@@ -57,6 +63,8 @@ class Result:
     blocks: tuple[BlockReport, ...] = ()
     controls: Controls | None = None
     search: SearchReport | None = None
+    notes: tuple[str, ...] = ()
+    packed: dict[str, Packed] = field(default_factory=dict)
 
 
 class Job(ABC):
@@ -67,6 +75,7 @@ class Job(ABC):
 
     def __init__(self, request: Request) -> None:
         self.request, self.settings = request, request.settings
+        self.cache = StatisticsCache(cache_of(request.cache))
         if request.dtype is not None:
             torch_dtype(request.dtype)
         self.checkpoint = open_checkpoint(request.model_dir)

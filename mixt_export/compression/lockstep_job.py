@@ -8,17 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from mixt_export.compression.clock import Clock
 from mixt_export.compression.controls import COMPRESSED, DELETED, DENSE, LOW_RANK, Controls, TextScores
 from mixt_export.compression.job import Job, Result, Windows
 from mixt_export.compression.made import Made
-from mixt_export.compression.refine import RefineSettings, refine_block
+from mixt_export.compression.refine import Refine, RefineSettings, refiner
 from mixt_export.compression.report import BlockReport
 from mixt_export.compression.request import Request
 from mixt_export.compression.scratch import IN_MEMORY, Scratch
-from mixt_export.compression.tensor_mixture.lockstep import Lockstep, Prepare, Refine, Variant
+from mixt_export.compression.tensor_mixture.lockstep import Lockstep, Prepare, Variant
 from mixt_export.compression.tensor_mixture.replacements import Solve, low_rank_solver
 from mixt_export.compression.tensor_mixture.scoring import scores
 from mixt_export.compression.texts import calibration_windows
@@ -148,17 +147,7 @@ class LockstepJob(Job):
 
     def _refiner(self, reports: list[BlockReport]) -> Refine | None:
         """Refinement that appends what it did to ``reports``; None without steps."""
-        settings = self.refinement
-        if settings is None:
-            return None
-
-        def refine(
-            index: int, original: nn.Module, replaced: nn.Module, x: torch.Tensor, shifted: torch.Tensor
-        ) -> None:
-            found = refine_block(self.model, index, original, replaced, x, shifted, settings, self.request.seed + index)
-            reports.append(BlockReport(index, found.steps, found.before, found.after))
-
-        return refine
+        return refiner(self.model, self.refinement, self.request.seed, reports)
 
     def _controls(
         self,

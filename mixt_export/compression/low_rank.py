@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixt_export.checkpoints import NewTensor
-from mixt_export.checkpoints.dtypes import numpy_dtype
-from mixt_export.compression import ranks as allocation
+from mixt_export.compression.allocation import ALLOCATIONS, Candidate, Ranks, from_file
 from mixt_export.compression.clock import Clock
+from mixt_export.compression.factor_solvers import FactorSolver, Stored, Truncated, Updated
 from mixt_export.compression.families import LowRankOptions
+from mixt_export.compression.gather import FISHER, NONE, TRACES, gradient_windows
 from mixt_export.compression.job import Job, Result, Windows
-from mixt_export.compression.method import RANK_RULES, SEQUENTIAL, LowRankMethod, choose_objective
+from mixt_export.compression.low_rank_layers import known_of, layer_reports, stored_factors
+from mixt_export.compression.made import Made
+from mixt_export.compression.method import SEQUENTIAL, LowRankMethod, check_adjustments, choose_objective
 from mixt_export.compression.profile import LinearProfile, Profiler
-from mixt_export.compression.ranks import Candidate, Ranks
-from mixt_export.compression.report import LayerReport
+from mixt_export.compression.refine import RefineSettings, refiner
+from mixt_export.compression.remap import STORES, rank_price, remapped
+from mixt_export.compression.report import BlockReport, TextReport
 from mixt_export.compression.request import Request
 from mixt_export.compression.scratch import IN_MEMORY, Scratch
 from mixt_export.compression.sequential import SequentialCompressor
 from mixt_export.errors import UsageError
-from mixt_export.network import FactorizedLinear, TensorRef, build
 from mixt_export.progress import Progress
 
 
@@ -41,22 +43,57 @@ class LowRankJob(Job):
             raise UsageError(
                 f"--keep {self.own.keep:g} is not a share; give a number above 0 and up to 1, such as 0.9."
             )
+        check_adjustments(self.method, self.objective, self.own)
+        if self.own.store not in (None, *STORES):
+            raise UsageError(f"--store {self.own.store!r} is unknown; choose {' or '.join(STORES)}, or leave it out.")
         super().__init__(request)
 
     @property
     def pairs_tokens(self) -> bool:
         """See Job."""
-        return self._is_sequential
+        return self._is_sequential or self.own.update is not None
 
     @property
     def needs_tokens(self) -> bool:
         """See Job."""
-        return self.method.fisher or self.objective != "input-agnostic"
+        adjusted = self.own.update is not None or self.refinement is not None
+        return self._reads_inputs or adjusted
+
+    @property
+    def _reads_inputs(self) -> bool:
+        """Whether factors or ranks depend on what linears read in the dense model."""
+        return self.objective != "input-agnostic" or self.weighs != "nothing" or self.gradients != NONE
+
+    @property
+    def weighs(self) -> str:
+        """What the rule of the ranks weighs, see allocation.WEIGHED."""
+        return ALLOCATIONS[self.rule].weighs if self.rule in ALLOCATIONS else "nothing"
+
+    @property
+    def gradients(self) -> str:
+        """What is measured of the gradients, see gather."""
+        if self.method.fisher:
+            return FISHER
+        return TRACES if self.weighs == "loss" else NONE
+
+    @property
+    def refinement(self) -> RefineSettings | None:
+        """How blocks are refined; None: not at all."""
+        steps = self.own.refine_steps
+        return RefineSettings(steps=steps) if steps else None
 
     @property
     def recipe(self) -> dict[str, Any]:
         """See Job."""
-        return {"objective": self.objective, "ranks": self.rule, "keep": self.own.keep}
+        return {
+            "objective": self.objective,
+            "ranks": self.rule,
+            "keep": self.own.keep,
+            **({"asvd_alpha": self.own.asvd_alpha} if self.method.input_metric == "diagonal" else {}),
+            "update": self.own.update,
+            "refine_steps": self.refinement.steps if self.refinement else 0,
+            **({} if self.own.store is None else {"store": self.own.store}),
+        }
 
     @property
     def budget(self) -> int:
@@ -65,87 +102,104 @@ class LowRankJob(Job):
 
     @property
     def scratch_bytes(self) -> int:
-        """Factors at full length, Fisher matrices, Grams and block inputs, float32."""
+        """Factors at full length, Grams, Fisher matrices and block inputs, float32; none of them from the cache."""
         shapes = [self.shape(name) for name in self.targets]
-        settings = self.settings
-        factors = sum(out_features * in_features for out_features, in_features in shapes)
-        hidden = self.model.hidden
+        settings, hidden = self.settings, self.model.hidden
+        numbers = sum(out_features * in_features for out_features, in_features in shapes)
+        if self.pairs_tokens or self.refinement:
+            numbers *= 2  # those of the dense model's statistics, and those that are made of them
         stream = settings.windows * settings.window * hidden
-        streams = 2 * stream if 4 * stream > IN_MEMORY else 0
-        if not self.method.fisher:
-            return 4 * (factors + streams)
-        squares = sum(out_features**2 + in_features**2 for out_features, in_features in shapes)
-        boundary = settings.fisher_windows * settings.window * hidden
-        return 4 * (factors + squares + streams + boundary * self.model.blocks)
+        numbers += 2 * stream if 4 * stream > IN_MEMORY else 0
+        if self.needs_tokens:
+            numbers += sum(in_features**2 for _, in_features in shapes)  # half of it, or less where inputs are shared
+        if self.gradients == FISHER:
+            numbers += 2 * sum(out_features**2 for out_features, _ in shapes)
+        numbers += gradient_windows(self.gradients, settings) * settings.window * hidden * self.model.blocks
+        return 4 * numbers
 
     def check(self) -> None:
         """Raise UsageError for a file of ranks that does not fit."""
-        if self.rule not in RANK_RULES:
-            allocation.from_file(Path(self.rule), self.candidates({}))
+        if self.rule not in ALLOCATIONS:
+            from_file(Path(self.rule), self.candidates({}))
 
     def run(self, scratch: Scratch, clock: Clock, progress: Progress) -> Result:
         """See Job."""
         with clock.stage("calibration text"):
             windows, texts = self.windows(progress)
-        with clock.stage("statistics"):
-            profiles = self._profile(windows, scratch, progress)
+        profiles = self._profile(windows, scratch, clock, progress)
         with clock.stage("ranks"):
             chosen = self._allocate(profiles)
-        with clock.stage("sequential"):
-            measured = self._sequential(windows, chosen, scratch, progress)
-        return Result(self._layers(profiles, chosen, measured), texts, *self._factors(chosen, scratch))
+        if not (self.pairs_tokens or self.refinement):
+            known = {name: known_of(profiles, name, rank) for name, rank in chosen.items()}
+            factors, tensors = stored_factors(self, chosen, scratch)
+            result = Result(layer_reports(self, chosen, known), texts, factors, tensors, notes=self._notes(windows))
+        else:
+            with clock.stage("blocks"):
+                result = self._by_blocks(windows, texts, profiles, chosen, scratch, progress)
+        return result if self.own.store is None else remapped(result)
 
     def candidates(self, profiles: Mapping[str, LinearProfile]) -> list[Candidate]:
-        """What the allocator sees of each linear, without losses where there is no profile."""
-        return [
-            profiles[name].candidate if name in profiles else Candidate(name, *self.shape(name), np.zeros(0))
+        """What the rule of the ranks sees of each linear, without losses where there is no profile."""
+        found = [
+            profiles[name].weighed(self.weighs)
+            if name in profiles and self.weighs != "nothing"
+            else Candidate(name, *self.shape(name), np.zeros(0))
             for name in self.targets
         ]
+        if self.own.store is None:
+            return found
+        return [replace(each, price=rank_price(each.out_features, each.in_features)) for each in found]
 
     @property
     def _is_sequential(self) -> bool:
         return self.objective in SEQUENTIAL
 
-    def _profile(self, windows: Windows, scratch: Scratch, progress: Progress) -> dict[str, LinearProfile]:
+    def _profile(
+        self, windows: Windows, scratch: Scratch, clock: Clock, progress: Progress
+    ) -> dict[str, LinearProfile]:
         """Spectra and factors under the dense model; nothing where only the sequential pass is needed."""
-        if self._is_sequential and not self.method.fisher and self.rule != "water-filling":
+        if self._is_sequential and not self.method.fisher and self.weighs == "nothing":
             return {}
         profiler = Profiler(
             self.model,
             self.by_block(),
-            windows,
+            windows if self._reads_inputs else windows[:0],
             self._max_ranks(),
             self.settings,
             scratch,
             progress,
-            input_aware=self.objective != "input-agnostic",
-            fisher=self.method.fisher,
+            clock,
+            metric="identity" if self.objective == "input-agnostic" else self.method.input_metric,
+            gradients=self.gradients,
+            cache=self.cache,
+            alpha=self.own.asvd_alpha,
         )
         return profiler.run()
 
     def _max_ranks(self) -> dict[str, int]:
         """How many directions each linear may turn out to need."""
-        if self.rule == "water-filling":
+        if self.weighs != "nothing":
             return {candidate.name: candidate.max_rank for candidate in self.candidates({})}
         return {name: rank or 0 for name, rank in self._allocate({}).items()}
 
     def _allocate(self, profiles: Mapping[str, LinearProfile]) -> Ranks:
         candidates = self.candidates(profiles)
-        if self.rule == "uniform":
-            return allocation.uniform(candidates, self.own.keep)
-        if self.rule == "water-filling":
-            return allocation.water_filling(candidates, self.own.keep, self.settings.rank_floor)
-        return allocation.from_file(Path(self.rule), candidates)
+        if self.rule in ALLOCATIONS:
+            return ALLOCATIONS[self.rule].choose(candidates, self.own.keep, self.settings.rank_floor)
+        return from_file(Path(self.rule), candidates)
 
-    def _sequential(
-        self, windows: Windows, ranks: Ranks, scratch: Scratch, progress: Progress
-    ) -> SequentialCompressor | None:
-        if not self._is_sequential:
-            return None
-
-        def fisher(name: str) -> torch.Tensor | None:
-            return torch.from_numpy(scratch.get(f"fisher:{name}")) if self.method.fisher else None
-
+    def _by_blocks(
+        self,
+        windows: Windows,
+        texts: tuple[TextReport, ...],
+        profiles: Mapping[str, LinearProfile],
+        ranks: Ranks,
+        scratch: Scratch,
+        progress: Progress,
+    ) -> Result:
+        """Factors that depend on X', or blocks that are refined: one pass over the model with both streams."""
+        made = Made(self, scratch, lambda _linear: {})
+        refined: list[BlockReport] = []
         compressor = SequentialCompressor(
             self.model,
             self.by_block(),
@@ -154,68 +208,34 @@ class LowRankJob(Job):
             self.settings,
             scratch,
             progress,
-            anchored=self.objective == "anchored",
-            fisher=fisher,
+            solver=self._solver(profiles, scratch),
+            method=self.method.name,
+            dtype=self.dtype,
+            refine=refiner(self.model, self.refinement, self.request.seed, refined),
+            finish=made.finish,
         )
         compressor.run()
-        return compressor
+        known = {name: (compressor.tails[name], compressor.errors[name]) for name in ranks}
+        layers, notes = layer_reports(self, ranks, known), self._notes(windows)
+        return Result(layers, texts, made.factors, made.tensors, tuple(refined), notes=notes)
 
-    def _layers(
-        self, profiles: Mapping[str, LinearProfile], ranks: Ranks, measured: SequentialCompressor | None
-    ) -> tuple[LayerReport, ...]:
-        layers = []
-        for name in self.targets:
-            out_features, in_features = self.shape(name)
-            rank = ranks[name]
-            if measured is not None:
-                tail, error = measured.tails[name], measured.errors[name]
-            elif rank is None:
-                tail, error = 0.0, 0.0
-            else:
-                profile = profiles[name]
-                tail = float(profile.candidate.loss[rank:].sum())
-                error = float(profile.error[rank:].sum()) / profile.energy if profile.energy > 0 else 0.0
-            params = out_features * in_features if rank is None else rank * (out_features + in_features)
-            layers.append(
-                LayerReport(
-                    name,
-                    out_features,
-                    in_features,
-                    "dense" if rank is None else "low_rank",
-                    params,
-                    params / (out_features * in_features),
-                    error,
-                    rank=rank,
-                    loss_tail=tail,
-                )
-            )
-        return tuple(layers)
+    def _solver(self, profiles: Mapping[str, LinearProfile], scratch: Scratch) -> FactorSolver:
+        def fisher(name: str) -> torch.Tensor | None:
+            return torch.from_numpy(scratch.get(f"fisher:{name}")) if self.method.fisher else None
 
-    def _factors(self, ranks: Ranks, scratch: Scratch) -> tuple[dict[str, FactorizedLinear], list[NewTensor]]:
-        """The IR of every factorised linear and its cores, produced from the scratch when they are written."""
-        factors: dict[str, FactorizedLinear] = {}
-        tensors: list[NewTensor] = []
-        store = self.checkpoint.store
-        for name, rank in ranks.items():
-            if rank is None:
-                continue
-            out_features, in_features = self.shape(name)
-            linear = build.low_rank(
-                name, in_features, out_features, rank, dtype=self.dtype(name), method=self.method.name
-            )
-            if f"{name}.bias" in store:
-                linear = replace(linear, bias=store[f"{name}.bias"].ref)
-            factors[name] = linear
-            first, second = (core.tensor for core in linear.branches[0].cores)
-            tensors.append(_new_tensor(first, scratch, f"down:{name}", np.s_[:rank]))
-            tensors.append(_new_tensor(second, scratch, f"up:{name}", np.s_[:, :rank]))
-        return factors, tensors
+        if self._is_sequential:
+            return Truncated(self.settings, fisher, self.objective == "anchored", self.method.input_metric)
+        stored = Stored(scratch, lambda name, rank: known_of(profiles, name, rank))
+        if self.own.update is None:
+            return stored
+        return Updated(self.settings, fisher, self.own.update == "anchored", stored)
 
-
-def _new_tensor(ref: TensorRef, scratch: Scratch, key: str, kept: Any) -> NewTensor:
-    """A core: the kept directions of a stored factor, transposed to the layout of the IR."""
-
-    def produce() -> np.ndarray[Any, Any]:
-        return np.ascontiguousarray(scratch.get(key)[kept].T).astype(numpy_dtype(ref.dtype))
-
-    return NewTensor(ref.name, ref.dtype, ref.shape, produce)
+    def _notes(self, windows: Windows) -> tuple[str, ...]:
+        """Whether there were fewer tokens than a linear has inputs."""
+        widest = max(self.shape(name)[1] for name in self.targets)
+        if not 0 < windows.size < widest:
+            return ()
+        return (
+            f"{windows.size} calibration tokens for linears of {widest} input features: their statistics have rank "
+            f"{windows.size} at most and are damped; give at least {widest} tokens, better several times as many.",
+        )

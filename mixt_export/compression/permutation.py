@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mixt_export.compression.closed_form import cholesky
+from mixt_export.compression.roots import cholesky
 from mixt_export.compression.statistics import Gram
 from mixt_export.compression.tensor_mixture.moments import token_weights
 from mixt_export.network import FactorizedLinear

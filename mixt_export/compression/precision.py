@@ -21,3 +21,18 @@ def fast_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def half_activations() -> Iterator[None]:
+    """Inside, matrix products and attention run in bfloat16 from parameters and sums that stay float32 (autocast).
+
+    Twice as fast as ``fast_products`` where the processor multiplies bfloat16, since activations need half the traffic;
+    elsewhere it would be slower, and nothing changes.
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16()):
+        yield
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

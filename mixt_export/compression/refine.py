@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,8 +18,12 @@ from torch import nn
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.optimiser import Optimiser
 from mixt_export.compression.precision import fast_products
+from mixt_export.compression.report import BlockReport
 from mixt_export.compression.scratch import IN_MEMORY
 from mixt_export.errors import UsageError
+
+Refine = Callable[[int, nn.Module, nn.Module, torch.Tensor, torch.Tensor], None]
+"""Block index, original block, replaced block, X and X' at its input: trains the replaced block in place."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,22 @@ class RefineReport:
     steps: int
     tokens: int
     seconds: float
+
+
+def refiner(
+    model: BlockwiseModel, settings: RefineSettings | None, seed: int, reports: list[BlockReport]
+) -> Refine | None:
+    """``refine_block`` with ``settings``, its batches drawn by ``seed`` and the block; appends what it did to
+    ``reports``. None without settings.
+    """
+    if settings is None:
+        return None
+
+    def refine(index: int, dense: nn.Module, replaced: nn.Module, x: torch.Tensor, shifted: torch.Tensor) -> None:
+        found = refine_block(model, index, dense, replaced, x, shifted, settings, seed + index)
+        reports.append(BlockReport(index, found.steps, found.before, found.after))
+
+    return refine
 
 
 def refine_block(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mixt_export.compression.controls import Controls
+from mixt_export.compression.controls import Controls, TextScores
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class LayerReport:
     the tokens' own ratios, before refinement. ``loss_tail``: the objective's estimate of what was thrown away (loss
     increase in nats per token for gfw-svd, mean squared output error for other low rank methods, the measured change
     of the loss for LASER). Methods that read no text give ||W - W'||² / ||W||² as ``output_error``. Parameters that
-    several linears share are divided among them, in proportion to their dense sizes.
+    several linears share are divided among them, in proportion to their dense sizes. Of factors that are stored in
+    parts (--store) ``params`` counts numbers of 16 bits, ``stored_bytes`` what the parts take, and ``stored_error`` is
+    ||W' - Ŵ'|| / ||W'|| of the product before and after; None: stored as they are.
     """
 
     name: str
@@ -31,6 +33,8 @@ class LayerReport:
     terms: int | None = None
     loss_tail: float | None = None
     ranks: tuple[int, ...] | None = None
+    stored_bytes: int | None = None
+    stored_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class CompressionReport:
     """The whole run. ``recipe``: the options of the method's family as they were resolved.
 
     ``keep_achieved`` counts the targeted linears; parameters are counted once where tied. ``controls``: None where the
-    method has none or they were not asked for.
+    method has none or they were not asked for. ``evaluation``: scores of the original ("dense") and the result
+    ("compressed") on held-out texts; ``cached``: what the statistics cache had. ``notes``:
+    sentences the user should read.
     """
 
     method: str
@@ -90,6 +96,9 @@ class CompressionReport:
     blocks: tuple[BlockReport, ...] = ()
     controls: Controls | None = None
     search: SearchReport | None = None
+    notes: tuple[str, ...] = ()
+    evaluation: tuple[TextScores, ...] = ()
+    cached: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 

@@ -25,10 +25,17 @@ class Options(TypedDict, total=False):
     dtype: str | None
     seed: int
     overwrite: bool
+    cache: bool | str | Path
+    evaluate: bool
+    eval_text: Sequence[str | Path]
+    eval_windows: int
 
     keep: float
     ranks: str | Path
     objective: str | None
+    asvd_alpha: float
+    update: str | None
+    store: str | None
 
     n_tensors: int | Mapping[str, int] | Sequence[str]
     bond: int
@@ -75,6 +82,10 @@ class Request:
     dtype: str | None = None
     seed: int = 0
     overwrite: bool = False
+    cache: bool | str | Path = True
+    evaluate: bool = True
+    eval_text: tuple[str | Path, ...] = ()
+    eval_windows: int = 2
     blocks_given: bool = True
 
     @property
@@ -105,11 +116,13 @@ class Request:
         seed = given.get("seed", 0)
         if not 0 <= seed < 1 << 31:
             raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}.")
+        if given.get("eval_windows", 1) < 1:
+            raise UsageError(f"--eval-windows {given['eval_windows']}: give at least 1, or --no-eval.")
         own = family.options(**{name: given.pop(name) for name in family.option_names if name in given})
         settings = given.pop("settings", None) or Settings()
         _check_settings(settings, method, family)
         asked = given.pop("blocks", None)
-        for name in ("include", "exclude", "calib"):
+        for name in ("include", "exclude", "calib", "eval_text"):
             given[name] = tuple(given.get(name) or ())
         return cls(
             Path(model_dir),

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from mixt_export.checkpoints import write_checkpoint
 from mixt_export.compression.clock import Clock
+from mixt_export.compression.held_out import HeldOut
 from mixt_export.compression.job import Job, Plan, Result
 from mixt_export.compression.memory import peak_rss
 from mixt_export.compression.report import CompressionReport
@@ -29,9 +30,10 @@ def compress(
     all for low rank and last:4 for MixT. ``include``/``exclude``: regular expressions searched in module paths.
     ``calib``: UTF-8 texts, mixed evenly, or "self" for text the model itself samples; the shipped texts when empty.
     ``settings``: see Settings. ``dtype``: of the factors; that of each source weight when None. ``seed``,
-    ``overwrite``. The options of low rank (``keep``, ``ranks``, ``objective``) and MixT (``n_tensors``, ``bond``,
-    ``paper_padding``, ``refine_steps``, ``controls``) are described in families. Equal arguments give equal bytes on
-    one machine.
+    ``overwrite``. ``cache``: True keeps statistics in the user's cache folder (statistics_cache), False keeps none, a
+    path keeps them there; they change no byte of the result. ``evaluate``: score the original and the result on
+    ``eval_windows`` windows of each of ``eval_text``, by default two shipped texts. The options of the method's family
+    are described in families. Equal arguments give equal bytes on one machine.
 
     Peak memory is bounded by one block (with X' one more per stream), the embedding, and the activations at one
     block boundary; "self" also holds the whole model while it samples. Raises UsageError, CheckpointError,
@@ -40,16 +42,33 @@ def compress(
     job = _open(model_dir, output, options)
     request, inputs = job.request, (job.checkpoint.path,)
     clock = Clock()
+    held_out = HeldOut(job, progress)
     with scratch_beside(request.output) as scratch:
         require_space(request.output, job.scratch_bytes, "the temporary statistics of compress")
         result = job.run(scratch, clock, progress)
         with staged_folder(request.output, overwrite=request.overwrite, inputs=inputs) as staging:
             report = _report(job, result)
             with clock.stage("writing"):
-                write_checkpoint(staging, job.checkpoint, result.tensors, result.factors, _info(report), progress)
-            report = replace(report, seconds=clock.seconds, peak_rss_bytes=peak_rss())
+                write_checkpoint(
+                    staging,
+                    job.checkpoint,
+                    result.tensors,
+                    result.factors,
+                    _info(report),
+                    progress,
+                    packed=result.packed,
+                )
+            with clock.stage("evaluation"):
+                evaluation = held_out.score(staging, result.controls, scratch)
+            report = replace(
+                report,
+                evaluation=evaluation,
+                cached=tuple(job.cache.hits),
+                seconds=clock.seconds,
+                peak_rss_bytes=peak_rss(),
+            )
             (staging / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    for warning in () if report.controls is None else report.controls.warnings:
+    for warning in (*report.notes, *(() if report.controls is None else report.controls.warnings)):
         progress.note(f"warning: {warning}")
     return report
 
@@ -86,11 +105,13 @@ def _report(job: Job, result: Result) -> CompressionReport:
         blocks=result.blocks,
         controls=result.controls,
         search=result.search,
+        notes=result.notes,
     )
 
 
 def _info(report: CompressionReport) -> dict[str, Any]:
     """What the checkpoint records: the report without what differs between equal runs."""
     info = report.to_dict()
-    del info["seconds"], info["peak_rss_bytes"]
+    for name in ("seconds", "peak_rss_bytes", "evaluation", "cached"):
+        del info[name]
     return info

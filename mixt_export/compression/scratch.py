@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mixt_export.staging import beside
 
 #: Working arrays up to this size live in memory, bytes.
 IN_MEMORY = 1 << 30
@@ -19,12 +19,12 @@ class Scratch:
     """Named arrays in a private folder. Plain reads and writes, no maps: resident memory is what the caller holds."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, Path] = {}
 
     def put(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Store ``array`` as ``name``, replacing what was there."""
-        path = self._files.setdefault(name, self._folder / f"{len(self._files):06d}.npy")
+        path = self._files.setdefault(name, self.folder / f"{len(self._files):06d}.npy")
         np.save(path, array, allow_pickle=False)
 
     def get(self, name: str) -> np.ndarray[Any, Any]:
@@ -44,7 +44,7 @@ class Scratch:
         """
         if 4 * int(np.prod(shape)) <= IN_MEMORY:
             return np.zeros(shape, np.float32)
-        path = self._files.setdefault(name, self._folder / f"{len(self._files):06d}.npy")
+        path = self._files.setdefault(name, self.folder / f"{len(self._files):06d}.npy")
         return np.memmap(path, np.float32, "w+", shape=shape)
 
     def __contains__(self, name: str) -> bool:
@@ -54,10 +54,7 @@ class Scratch:
 @contextmanager
 def scratch_beside(output: Path) -> Iterator[Scratch]:
     """A Scratch beside ``output`` (the disk that must hold the result anyway), removed on any exit."""
-    parent = output.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.scratch-", dir=parent))
-    try:
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with beside(output, "scratch") as folder:
         yield Scratch(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -61,8 +61,8 @@ def _require_memory(needed: int) -> None:
     available = _available_memory()
     if available is not None and needed > available:
         raise ResourceError(
-            f"--calib self holds the whole model in memory: {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB are "
-            "available; calibrate on a text file instead."
+            f"sampling text from the model holds it whole in memory: {needed / 1e9:.1f} GB, but "
+            f"{available / 1e9:.1f} GB are available; give a text file instead."
         )
 
 

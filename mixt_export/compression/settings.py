@@ -43,15 +43,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise UsageError naming the first setting that makes no sense."""
-        for name, least in (
-            ("windows", 1),
-            ("window", 2),
-            ("fisher_windows", 1),
-            ("batch", 1),
-            ("term_sweeps", 0),
-            ("als_sweeps", 0),
-            ("als_steps", 1),
-        ):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be at least {least}.")
         for name in ("input_damping", "output_damping", "anchor_damping", "term_ridge"):

@@ -33,6 +33,7 @@ class Gram:
 
     def __init__(self, features: int) -> None:
         self._sum = torch.zeros(features, features, dtype=torch.float64)
+        self._sizes = torch.zeros(features, dtype=torch.float64)
         self._symmetric = True
         self.count = 0
 
@@ -45,6 +46,7 @@ class Gram:
             return
         for start in range(0, x.shape[1], _BLOCK):
             self._sum[start : start + _BLOCK, start:] += (x[:, start : start + _BLOCK].T @ x[:, start:]).double()
+        self._sizes += x.abs().sum(0).double()
 
     def mean(self) -> torch.Tensor:
         """Sum over tokens divided by their number, (features, features) float64."""
@@ -53,6 +55,10 @@ class Gram:
             upper = total.triu()
             total = upper + upper.triu(1).T
         return total / max(1, self.count)
+
+    def magnitude(self) -> torch.Tensor:
+        """Mean |x_j| of a symmetric one, (features,) float64."""
+        return self._sizes / max(1, self.count)
 
 
 def input_groups(block: nn.Module, linears: Sequence[str], run: Callable[[], object]) -> tuple[InputGroup, ...]:

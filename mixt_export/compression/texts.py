@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mixt_export.checkpoints import companion
 from mixt_export.compression.report import TextReport
 from mixt_export.errors import CheckpointError, UsageError
 from mixt_export.resources import texts as shipped_texts
@@ -34,9 +35,10 @@ def open_tokenizer(folder: Path) -> Any:
 
     Raises CheckpointError when tokenizer.json is missing or not a tokenizer.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; calibration needs the model's tokenizer.json in its folder.")
+    path = companion(folder, "tokenizer.json")
+    if path is None:
+        missing = folder / "tokenizer.json"
+        raise CheckpointError(f"{missing}: missing; calibration needs the model's tokenizer.json in its folder.")
     return load_tokenizer(path)
 
 

@@ -145,7 +145,7 @@ class _Sweep:
             folder = Path(name) / "model"
             with _clocked(seconds, "compress"):
                 arguments = compress_arguments(self._options, variant, count)
-                compress(self._checkpoint.path, folder, progress=self._progress, **arguments)
+                compress(self._checkpoint.path, folder, progress=self._progress, evaluate=False, **arguments)
             if self._options.recover_steps:
                 with _clocked(seconds, "recover"):
                     folder = self._recover(folder)
@@ -199,7 +199,7 @@ def _named(path: Path) -> dict[str, str]:
 
 def _digest(checkpoint: Checkpoint) -> str:
     """Hex sha256 of config.json's bytes and every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    digest = hashlib.sha256(checkpoint.config_bytes())
     for name in sorted(checkpoint.store):
         ref = checkpoint.store[name].ref
         digest.update(f"{name} {ref.dtype} {ref.shape}".encode())

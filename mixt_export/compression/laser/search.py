@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
-from mixt_export.compression.profile import batches
 from mixt_export.compression.scratch import Scratch
+from mixt_export.compression.streams import batches
 from mixt_export.progress import Progress
 
 

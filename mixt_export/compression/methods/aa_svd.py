@@ -8,6 +8,7 @@ METHOD = LowRankMethod(
     family="low rank",
     objective="anchored",
     objectives=tuple(OBJECTIVES),
-    fisher=False,
+    input_metric="cholesky",
+    output_metric="identity",
     ranks="uniform",
 )

@@ -13,6 +13,7 @@ METHOD = LowRankMethod(
     family="low rank",
     objective="input-aware",
     objectives=tuple(OBJECTIVES),
-    fisher=True,
+    input_metric="cholesky",
+    output_metric="fisher",
     ranks="water-filling",
 )

@@ -8,6 +8,7 @@ METHOD = LowRankMethod(
     family="low rank",
     objective="input-agnostic",
     objectives=("input-agnostic",),
-    fisher=False,
+    input_metric="identity",
+    output_metric="identity",
     ranks="uniform",
 )

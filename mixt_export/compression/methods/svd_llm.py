@@ -8,6 +8,7 @@ METHOD = LowRankMethod(
     family="low rank",
     objective="input-aware",
     objectives=("input-aware", "shift-aware"),
-    fisher=False,
+    input_metric="cholesky",
+    output_metric="identity",
     ranks="uniform",
 )

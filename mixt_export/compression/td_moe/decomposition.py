@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixt_export.compression.closed_form import cholesky
+from mixt_export.compression.roots import cholesky
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from mixt_export.compression.clock import Clock
 from mixt_export.compression.closed_form import damped
 from mixt_export.compression.families import TdMoeOptions
 from mixt_export.compression.job import Job, Result
-from mixt_export.compression.profile import batches
 from mixt_export.compression.report import LayerReport
 from mixt_export.compression.request import Request
 from mixt_export.compression.scratch import IN_MEMORY, Scratch
 from mixt_export.compression.statistics import Gram
+from mixt_export.compression.streams import batches
 from mixt_export.compression.td_moe.decomposition import Factors, decompose, spectra
 from mixt_export.compression.td_moe.sizing import CLOSE, Stack, choose
 from mixt_export.errors import CheckpointError, UsageError

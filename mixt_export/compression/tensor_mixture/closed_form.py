@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixt_export.compression.closed_form import cholesky
+from mixt_export.compression.roots import cholesky
 from mixt_export.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -16,14 +16,12 @@ from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.permutation import GATED_MLP
-from mixt_export.compression.profile import batches, find_groups, group_input
+from mixt_export.compression.refine import Refine
 from mixt_export.compression.statistics import InputGroup
+from mixt_export.compression.streams import batches, find_groups, group_input
 from mixt_export.compression.tensor_mixture.moments import Moments, token_weights
 from mixt_export.compression.tensor_mixture.replacements import Replacement, Solve
 from mixt_export.progress import Progress
-
-Refine = Callable[[int, nn.Module, nn.Module, torch.Tensor, torch.Tensor], None]
-"""Block index, original block, replaced block, X and X' at its input: trains the replaced block in place."""
 
 Finish = Callable[[int, nn.Module, nn.Module, Mapping[str, Replacement]], None]
 """Block index, original block, replaced block, its replacements by name inside the block: what is done with them."""
@@ -104,7 +102,7 @@ class Lockstep:
         """The replaced block of every variant."""
         if self.prepare is not None:
             self.prepare(index, original, self._mlp_inputs(original, index, calibration))
-        blocks = {name: _own_copy(self.model, original) for name in self.variants}
+        blocks = {name: own_copy(self.model, original) for name in self.variants}
         made: dict[str, dict[str, Replacement]] = {name: {} for name in self.variants}
         for group in find_groups(self.model, original, index, self.targets[index]):
             moments = self._moments(original, blocks, index, group, calibration)
@@ -178,7 +176,7 @@ class _Zero(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def _own_copy(model: BlockwiseModel, original: nn.Module) -> nn.Module:
+def own_copy(model: BlockwiseModel, original: nn.Module) -> nn.Module:
     """A clone that shares the matrices of ``original`` but owns its vectors: norms and biases may be trained."""
     block = model.clone(original)
     for module in block.modules():

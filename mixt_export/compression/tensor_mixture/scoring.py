@@ -19,6 +19,7 @@ def scores(
     tokens: Sequence[np.ndarray[Any, Any]],
     outputs: Mapping[str, Sequence[torch.Tensor]],
     progress: Progress,
+    label: str = "scoring controls",
 ) -> list[dict[str, Score]]:
     """For each text the score of every variant.
 
@@ -26,7 +27,7 @@ def scores(
     original under DENSE. Logits of a few hundred tokens exist at a time.
     """
     found = []
-    with model.head() as logits, progress.task("scoring controls", sum(map(len, tokens))) as advance:
+    with model.head() as logits, progress.task(label, sum(map(len, tokens))) as advance:
         for text, windows in enumerate(tokens):
             sums = {variant: [0.0, 0.0] for variant in outputs}
             for number, window in enumerate(windows):

@@ -19,7 +19,7 @@ from math import prod
 
 import torch
 
-from mixt_export.compression.closed_form import cholesky
+from mixt_export.compression.roots import cholesky
 from mixt_export.compression.tensor_train.decomposition import assembled, balanced_gauge, interleaved, tt_svd
 from mixt_export.compression.tensor_train.modes import Modes
 

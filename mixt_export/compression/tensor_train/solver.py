@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from mixt_export.compression.closed_form import cholesky, damped, regressed
+from mixt_export.compression.closed_form import damped, regressed
+from mixt_export.compression.roots import cholesky
 from mixt_export.compression.settings import Settings
 from mixt_export.compression.tensor_mixture.moments import Moments
 from mixt_export.compression.tensor_mixture.replacements import Replacement, replacement

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from mixt_export.compression.ranks import TOLERANCE
+from mixt_export.compression.allocation import TOLERANCE
 from mixt_export.compression.tucker.decomposition import most
 from mixt_export.compression.tucker.stacks import GatedStack, HeadStack, Ranks, SingleStack, Stack
 from mixt_export.errors import UsageError
