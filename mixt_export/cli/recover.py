@@ -34,10 +34,19 @@ def recover(
             "evaluation texts, unless --text is given."
         ),
     ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text of another domain that chooses the best step together with the ends of --text; "
+            "repeatable. Default: text that the dense model samples."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULTS.steps,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = _DEFAULTS.batch,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = _DEFAULTS.window,
-    windows: Annotated[int, typer.Option(help="Windows to train on, over all texts.")] = _DEFAULTS.windows,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows to train on, over all texts. Default: as many as the steps visit.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="Longest step of a factor, relative to its norm (Muon). Default: by the share kept."),
@@ -83,20 +92,22 @@ def recover(
         output,
         texts=text or (),
         eval_texts=eval_text or None,
+        validation=validation or (),
         settings=settings,
         seed=seed,
         resume=resume,
         overwrite=overwrite,
         progress=RichProgress(),
     )
-    _show(result, output)
+    show(result, output)
     if report is not None:
         import json
 
         report.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
-def _show(report: RecoverReport, output: Path) -> None:
+def show(report: RecoverReport, output: Path) -> None:
+    """The scores as a table, what was trained, what it took."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape

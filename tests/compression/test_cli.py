@@ -41,7 +41,7 @@ def test_a_run_prints_a_short_table_and_writes_the_report(
     code = mixt(model, "-o", tmp_path / "out", "--keep", 0.7, "--calib", text, "--report", report, *SMALL)
     assert code == 0
     shown = capsys.readouterr().out
-    assert all(kind in shown for kind in ("q_proj", "down_proj", "peak memory", "kept 0."))
+    assert all(kind in shown for kind in ("q_proj", "down_proj", "peak memory", "kept 0.", "perplexity on novel"))
     assert len(shown.splitlines()) < 30
     assert json.loads(report.read_text()) == json.loads((tmp_path / "out" / "compress_report.json").read_text())
 
@@ -59,10 +59,15 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, model: Path, capsys: pytest.Ca
     ("arguments", "code", "words"),
     [
         (["--keep", "2"], 2, "--keep 2"),
-        (["--method", "magic"], 4, "gfw-svd, svd-llm, aa-svd, svd"),
+        (["--method", "magic"], 4, "gfw-svd, svd-llm, svd-llm-v2, aa-svd, asvd, svd"),
         (["--include", "nothing_like_it"], 2, "matches none"),
         (["--calib", "missing.txt"], 2, "missing.txt"),
         (["--windows", "0"], 2, "windows is 0"),
+        (["--cache", "x", "--no-cache"], 2, "--no-cache"),
+        (["--eval-text", "x", "--no-eval"], 2, "--no-eval"),
+        (["--eval-windows", "0"], 2, "--eval-windows 0"),
+        (["--store", "int3"], 2, "remap8"),
+        (["--ranks", "clever"], 2, "svd-llm-v2"),
         (["--report", "no/such/folder/r.json"], 2, "folder does not exist"),
     ],
 )

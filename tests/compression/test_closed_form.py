@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixt_export.compression.closed_form import anchored_target, cholesky, damped, decompose, quadratic_error
+from mixt_export.compression.closed_form import anchored_target, damped, decompose, quadratic_error
+from mixt_export.compression.roots import cholesky
 from mixt_export.errors import CheckpointError
 
 SHAPES = [(7, 11), (11, 7), (6, 6)]
@@ -39,7 +40,7 @@ class Problem:
         """Ours: the product of the factors, and the value that the singular values promise."""
         w, a, b = (torch.from_numpy(array) for array in (self.w, self.a, self.b))
         gram, cross = b @ b.T / self.count, a @ b.T / self.count
-        target = w if a is b or torch.equal(a, b) else anchored_target(w, cross, gram, 1e-15)
+        target = w if a is b or torch.equal(a, b) else anchored_target(w, cross - gram, gram, 1e-15)
         found = decompose(target, gram, torch.from_numpy(self.h.T @ self.h), rank)
         floor = self.value(target.numpy())  # what even a full-rank replacement cannot reach
         return (found.up @ found.down).numpy(), floor + float(found.loss[rank:].sum())
@@ -162,7 +163,7 @@ def test_the_ridge_of_the_anchored_target_pulls_to_the_weight() -> None:
     w = torch.from_numpy(rng.standard_normal((4, 6)))
     x = torch.from_numpy(rng.standard_normal((6, 2)))
     shifted = 1.5 * x
-    target = anchored_target(w, x @ shifted.T, shifted @ shifted.T, 1e-6)
+    target = anchored_target(w, (x - shifted) @ shifted.T, shifted @ shifted.T, 1e-6)
     unseen = torch.linalg.svd(x)[0][:, 2:]
     torch.testing.assert_close(target @ unseen, w @ unseen, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(target @ shifted, w @ x, rtol=1e-4, atol=1e-4)

@@ -71,23 +71,26 @@ def test_every_method_and_objective(tmp_path: Path, model: Path, text: Path, met
     )
     assert params == report.linears_params_after == sum(layer.params for layer in report.layers)
     assert report.keep_achieved == pytest.approx(params / report.linears_params_before)
-    assert 0.6 < report.keep_achieved <= 0.7
+    assert 0.695 < report.keep_achieved <= 0.7
     assert set(checkpoint.factors) == {layer.name for layer in report.layers if layer.rank is not None}
     assert 0 < divergence(output, model) < 6
     stored = json.loads((output / "compress_report.json").read_text())
     assert stored["method"] == checkpoint.info["method"] == method
     assert len(stored["layers"]) == 21
-    assert [key in stored["seconds"] for key in ("statistics", "ranks", "writing")] == [True] * 3
+    assert [key in stored["seconds"] for key in ("ranks", "writing", "evaluation")] == [True] * 3
     assert stored["peak_rss_bytes"] > 1e7
     assert report.model_params_before - report.model_params_after == report.linears_params_before - params
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"], "scratch was left behind"
 
 
-def test_reported_errors_are_those_of_the_written_factors(tmp_path: Path, model: Path, text: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"method": "svd", "ranks": "relative"}])
+def test_reported_errors_are_those_of_the_written_factors(
+    tmp_path: Path, model: Path, text: Path, options: dict[str, Any]
+) -> None:
     """Relative output error from independent activations of the whole dense model on the same windows."""
     output = tmp_path / "out"
     settings = replace(SETTINGS, input_damping=1e-9)
-    report = compress(model, output, keep=0.6, calib=[text], settings=settings)
+    report = compress(model, output, keep=0.6, calib=[text], settings=settings, **options)
     dense, checkpoint = load_reference(model), open_checkpoint(output)
     from mixt_export.compression.texts import calibration_windows
 
@@ -350,7 +353,7 @@ print(compress(sys.argv[2], sys.argv[2] + "-out", calib=[sys.argv[3]], settings=
 
 def test_peak_memory_is_bounded_by_a_block_not_the_model(tmp_path: Path, text: Path) -> None:
     """After a model of 2 blocks one of 14 equal blocks: of 45 MB more weights less than a third shows in the peak."""
-    sizes = {"hidden_size": 288, "intermediate_size": 800, "head_dim": 72}
+    sizes: dict[str, Any] = {"hidden_size": 288, "intermediate_size": 800, "head_dim": 72}
     small = write_tiny(tmp_path / "small", "llama", num_hidden_layers=2, **sizes)
     large = write_tiny(tmp_path / "large", "llama", num_hidden_layers=14, **sizes)
     extra = (large / "model.safetensors").stat().st_size - (small / "model.safetensors").stat().st_size

@@ -14,7 +14,7 @@ from mixt_export.compression import compress
 from mixt_export.compression.encoder_blocks import BlockwiseEncoder
 from mixt_export.compression.recover import recover
 from mixt_export.compression.settings import Settings
-from mixt_export.errors import UnsupportedError
+from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.reference import load_reference
 from mixt_export.targets import export
 from mixt_export.verification import VerifyOptions, verify
@@ -65,6 +65,12 @@ def test_compressed_encoders_export_and_pass(model: Path, tmp_path: Path, method
 def test_methods_that_need_a_loss_say_so(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="an encoder predicts no tokens"):
         compress(model, tmp_path / "small", method="gfw-svd", settings=SETTINGS)
+    assert not (tmp_path / "small").exists()
+
+
+def test_perplexity_is_for_decoders(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--eval-text: this model predicts no next tokens"):
+        compress(model, tmp_path / "small", method="svd", eval_text=[model / "config.json"], settings=SETTINGS)
     assert not (tmp_path / "small").exists()
 
 

@@ -194,10 +194,10 @@ def test_refinement_that_only_harms_changes_nothing(toy: Toy) -> None:
 def test_refining_later_on_the_same_inputs_is_refining_at_once(toy: Toy, method: str) -> None:
     inputs, dense, later = batches(24), copy.deepcopy(toy), copy.deepcopy(toy)
     at_once = replace_linears(
-        toy, "left|out", inputs, n_tensors=2, method=method, refine_steps=60, learning_rate=2e-2, seed=5
+        toy, "left|out", inputs, n_tensors=2, method=method, refine_steps=200, learning_rate=2e-2, seed=5
     )
     report = replace_linears(later, "left|out", inputs, n_tensors=2, method=method)
-    report = refine_replaced(later, dense, report, inputs, steps=60, learning_rate=2e-2, seed=5)
+    report = refine_replaced(later, dense, report, inputs, steps=200, learning_rate=2e-2, seed=5)
     assert report == at_once
     assert report.refined is not None
     assert report.refined[1] < report.refined[0]

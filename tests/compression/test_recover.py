@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,18 @@ from mixt_export.reference import load_reference
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
 SETTINGS = RecoverSettings(
-    steps=9, batch=2, window=24, windows=10, eval_windows=2, common=64, others=48, likely=4, checks=3, matrix_rate=0.05
+    steps=9,
+    batch=2,
+    window=24,
+    windows=10,
+    held_out=2,
+    sampled=0,
+    eval_windows=2,
+    common=64,
+    others=48,
+    likely=4,
+    checks=3,
+    matrix_rate=0.05,
 )
 
 
@@ -100,6 +112,31 @@ def test_scores_are_those_of_the_models_on_disk(tmp_path: Path, first: int) -> N
     ):
         expected = perplexity(folder, case.texts[1], window=24, windows=3, threads=1).perplexity
         assert found == pytest.approx(expected, rel=2e-2)
+
+
+def test_text_that_the_teacher_samples_helps_to_choose(case: Case) -> None:
+    """The divergence that chooses is the mean of the training texts' ends and of what the teacher wrote."""
+    report = case.run(settings=replace(SETTINGS, sampled=3))
+    (sampled,) = [score for score in report.scores if score.role == "validation"]
+    assert sampled.text == "self"
+    assert sampled.tokens == 3 * 23
+    ends = [score for score in report.scores if score.role == "held out"]
+    for check, moment in ((report.checks[0], "kl_before"), (report.checks[-1], "kl_after")):
+        inside = sum(getattr(end, moment) for end in ends) / len(ends)
+        assert check.held_out_kl == pytest.approx((inside + getattr(sampled, moment)) / 2, rel=0.05)
+
+
+def test_validation_texts_take_the_place_of_sampled_text(case: Case) -> None:
+    report = case.run(validation=[case.texts[1]], settings=replace(SETTINGS, sampled=3))
+    assert [score.role for score in report.scores] == ["held out", "held out", "validation"]
+    assert report.scores[2].text == "two.txt"
+    with pytest.raises(UsageError, match="no such text"):
+        case.run("other", validation=[case.folder / "absent.txt"])
+
+
+def test_windows_are_as_many_as_the_steps_visit(case: Case) -> None:
+    report = case.run(settings=replace(SETTINGS, windows=None, steps=3))
+    assert report.distinct_tokens == report.tokens == 3 * 2 * 24
 
 
 def test_equal_arguments_give_equal_bytes_and_another_seed_does_not(case: Case) -> None:
@@ -194,12 +231,12 @@ def test_scores_are_those_of_what_is_stored(tmp_path: Path) -> None:
 
 
 def test_the_best_step_is_kept_when_training_goes_astray(case: Case) -> None:
-    """With steps ten times as long as the factors the first check is never beaten, and patience ends the run."""
-    settings = RecoverSettings(**{**SETTINGS.__dict__, "matrix_rate": 10.0, "learning_rate": 1.0, "patience": 2})
+    """With steps ten times as long as the factors the first check is worse, and patience ends the run."""
+    settings = RecoverSettings(**{**SETTINGS.__dict__, "matrix_rate": 10.0, "learning_rate": 1.0, "patience": 1})
     report = case.run(settings=settings)
     assert report.best_step == 0
-    assert [check.step for check in report.checks] == [0, 3, 6]
-    assert report.steps == 6
+    assert [check.step for check in report.checks] == [0, 3]
+    assert report.steps == 3
     before, after = (load_file(folder / "model.safetensors") for folder in (case.student, case.folder / "out"))
     assert all(np.array_equal(before[name], after[name]) for name in before)
 

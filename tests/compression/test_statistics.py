@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.compression.blocks import BlockwiseModel
-from mixt_export.compression.profile import Profiler
+from mixt_export.compression.gather import FISHER, TRACES, Gatherer, Statistics
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.settings import Settings
 from mixt_export.compression.statistics import Gram, input_groups
+from mixt_export.compression.statistics_cache import StatisticsCache
 from mixt_export.errors import CheckpointError, UnsupportedError
 from mixt_export.progress import SILENT
 from mixt_export.reference import load_reference
@@ -24,15 +27,14 @@ WINDOWS = np.random.default_rng(0).integers(0, 256, (5, 24))
 SETTINGS = Settings(windows=5, window=24, fisher_windows=3, batch=2)
 
 
-def profile(folder: Path, scratch: Path, settings: Settings = SETTINGS) -> tuple[Profiler, Scratch]:
+@contextmanager
+def gathered(folder: Path, scratch: Path, gradients: str = FISHER) -> Iterator[Statistics]:
     model = BlockwiseModel(open_checkpoint(folder))
     scratch.mkdir()
-    store = Scratch(scratch)
     targets = {index: list(LINEARS) for index in range(model.blocks)}
-    ranks = dict.fromkeys(model.linears(), 3)
-    profiler = Profiler(model, targets, WINDOWS, ranks, settings, store, SILENT, input_aware=True, fisher=True)
-    profiler.run()
-    return profiler, store
+    gatherer = Gatherer(model, targets, WINDOWS, SETTINGS, Scratch(scratch), SILENT, StatisticsCache(None), gradients)
+    with gatherer.run() as statistics:
+        yield statistics
 
 
 def autograd(folder: Path, windows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
@@ -74,31 +76,42 @@ def autograd(folder: Path, windows: int) -> tuple[dict[str, torch.Tensor], dict[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_equal_those_of_the_whole_model(tmp_path: Path, family: str) -> None:
     folder = write_tiny(tmp_path / "m", family, tied=family != "llama")
-    profiler, scratch = profile(folder, tmp_path / "s")
     grams, fisher, loss = autograd(folder, 3)
-    assert profiler.loss == pytest.approx(loss, rel=1e-5)
     assert len(fisher) == 21
-    for index in range(3):
-        groups = profiler._groups[index]
-        assert [group.linears for group in groups] == [LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:]]
-        for number, group in enumerate(groups):
-            shared = torch.from_numpy(scratch.get(f"gram:{index}:{number}")).double()
-            for name in group.linears:
-                torch.testing.assert_close(shared, grams[f"model.layers.{index}.{name}"], rtol=1e-4, atol=1e-5)
-    for name, expected in fisher.items():
-        found = torch.from_numpy(scratch.get(f"fisher:{name}")).double()
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(found / scale, expected / scale, rtol=1e-3, atol=1e-5)
+    with gathered(folder, tmp_path / "s") as found:
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        shared = len(set(found._group.values()))
+        assert shared == 3 * 4, "q, k and v share a Gram, gate and up do"
+        for name, expected in fisher.items():
+            gram, metric = found.gram(name), found.fisher(name)
+            assert gram is not None
+            assert metric is not None
+            torch.testing.assert_close(gram.double(), grams[name], rtol=1e-4, atol=1e-5)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(metric.double() / scale, expected / scale, rtol=1e-3, atol=1e-5)
+            assert found.trace(name) == pytest.approx(float(expected.trace()), rel=1e-4)
+
+
+def test_traces_are_those_of_the_fisher_matrices_without_them(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m")
+    _, fisher, loss = autograd(folder, 3)
+    with gathered(folder, tmp_path / "s", TRACES) as found:
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        for name, expected in fisher.items():
+            assert found.fisher(name) is None
+            assert found.trace(name) == pytest.approx(float(expected.trace()), rel=1e-4)
 
 
 def test_sliding_windows_reach_the_blocks(tmp_path: Path) -> None:
     """A window of 4 tokens changes what later tokens see; the masks come from the model itself."""
     folder = write_tiny(tmp_path / "m", "mistral", sliding_window=4)
-    profiler, scratch = profile(folder, tmp_path / "s")
     grams, _, loss = autograd(folder, 3)
-    assert profiler.loss == pytest.approx(loss, rel=1e-5)
-    found = torch.from_numpy(scratch.get("gram:2:3")).double()
-    torch.testing.assert_close(found, grams["model.layers.2.mlp.down_proj"], rtol=1e-4, atol=1e-5)
+    name = "model.layers.2.mlp.down_proj"
+    with gathered(folder, tmp_path / "s") as found:
+        assert found.loss == pytest.approx(loss, rel=1e-5)
+        gram = found.gram(name)
+        assert gram is not None
+        torch.testing.assert_close(gram.double(), grams[name], rtol=1e-4, atol=1e-5)
 
 
 def test_logits_in_chunks_give_the_same_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,5 +168,5 @@ def test_non_finite_weights_are_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        profile(folder, tmp_path / "s")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"), gathered(folder, tmp_path / "s"):
+        pass

@@ -103,7 +103,7 @@ def test_arguments_of_compress() -> None:
     assert (mixt["n_tensors"], mixt["refine_steps"], mixt["controls"]) == (3, 3, False)
     assert mixt["settings"].windows == 5
     svd = compress_arguments(SweepOptions(method="svd"), Variant("keep", 0.5), 2)
-    assert svd == {"method": "svd", "blocks": "last:2", "keep": 0.5, "calib": (), "seed": 0}
+    assert svd == {"method": "svd", "blocks": "last:2", "keep": 0.5, "calib": (), "seed": 0, "refine_steps": 0}
 
 
 def test_help_needs_no_torch() -> None:

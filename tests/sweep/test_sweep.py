@@ -236,7 +236,7 @@ def test_the_verb_with_another_method_and_without_matplotlib(
         (["--n-tensors", "9"], 2, "--n-tensors"),
         (["--keep", "0.5"], 2, "--keep does not apply to method mixt"),
         (["--method", "svd", "--keep", "3"], 2, "--keep 3"),
-        (["--method", "svd", "--refine-steps", "2"], 2, "--refine-steps"),
+        (["--method", "tucker", "--refine-steps", "2"], 2, "--refine-steps"),
         (["--window", "400"], 2, "reads at most 256"),
         (["--window", "256", "--text", "short.txt"], 2, "less than one window of 256"),
         (["--text", "absent.txt"], 2, "absent.txt"),

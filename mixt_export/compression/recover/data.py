@@ -17,6 +17,10 @@ from mixt_export.errors import CheckpointError, UsageError
 Tokens = np.ndarray[Any, Any]
 """int64 (windows, length)."""
 
+#: Roles of windows that are not trained on: the ends of the training texts and what is of another domain choose the
+#: best step; evaluation texts choose nothing.
+HELD_OUT, VALIDATION, EVALUATION = "held out", "validation", "evaluation"
+
 
 @dataclass(frozen=True)
 class Held:
@@ -38,12 +42,20 @@ class Windows:
 
 
 def cut(
-    folder: Path, texts: Sequence[Path], evaluation: Sequence[Path], settings: RecoverSettings, length: int, limit: int
+    folder: Path,
+    texts: Sequence[Path],
+    validation: Sequence[Path],
+    evaluation: Sequence[Path],
+    sampled: tuple[Tokens, TextReport] | None,
+    settings: RecoverSettings,
+    length: int,
+    limit: int,
 ) -> Windows:
     """Cut all texts into windows of ``length`` tokens without special tokens, training windows interleaved.
 
     Of each training text the last ``held_out`` windows are set aside, and training windows spread evenly over what is
-    before them; of each evaluation text the first ``eval_windows`` are used. Tokens must be below ``limit``.
+    before them; of each validation text the first ``held_out``, of each evaluation text the first ``eval_windows`` are
+    used. ``sampled``: validation windows that are tokens already. Tokens must be below ``limit``.
     Raises UsageError when a text is too short, CheckpointError when tokens do not fit the model.
     """
     streams = [_stream(folder, path, limit) for path in texts]
@@ -56,7 +68,7 @@ def cut(
                 "smaller --window."
             )
     rooms = [(len(stream) - held_tokens) // length for stream, _ in streams]
-    shares = even_shares(rooms, settings.windows)
+    shares = even_shares(rooms, settings.windows or settings.steps * settings.batch)
     spread = [
         _spread(stream[: len(stream) - held_tokens], share, length)
         for (stream, _), share in zip(streams, shares, strict=True)
@@ -64,18 +76,25 @@ def cut(
     windows = [part[turn] for turn in range(max(shares)) for part in spread if turn < len(part)]
     training, held, reports = len(windows), [], []
     for path, (stream, digest), share in zip(texts, streams, shares, strict=True):
-        held.append(Held(path.name, "held out", slice(len(windows), len(windows) + settings.held_out)))
+        held.append(Held(path.name, HELD_OUT, slice(len(windows), len(windows) + settings.held_out)))
         windows += list(stream[len(stream) - held_tokens :].reshape(-1, length))
         reports.append(TextReport(str(path), digest, len(stream), share))
-    for path in evaluation:
+    if sampled is not None:
+        tokens, report = sampled
+        held.append(Held(report.source, VALIDATION, slice(len(windows), len(windows) + len(tokens))))
+        windows += list(tokens)
+        reports.append(report)
+    measured = [(path, VALIDATION, settings.held_out) for path in validation]
+    measured += [(path, EVALUATION, settings.eval_windows) for path in evaluation]
+    for path, role, most in measured:
         stream, digest = _stream(folder, path, limit)
-        count = min(settings.eval_windows, len(stream) // length)
+        count = min(most, len(stream) // length)
         if count == 0:
             raise UsageError(
                 f"{path}: {len(stream)} tokens give no window of {length}; give a longer text, or take a "
                 "smaller --window."
             )
-        held.append(Held(path.name, "evaluation", slice(len(windows), len(windows) + count)))
+        held.append(Held(path.name, role, slice(len(windows), len(windows) + count)))
         windows += list(stream[: count * length].reshape(-1, length))
         reports.append(TextReport(str(path), digest, len(stream), count))
     return Windows(np.stack(windows), training, tuple(held), tuple(reports))

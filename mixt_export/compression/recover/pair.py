@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from mixt_export.checkpoints import Checkpoint
@@ -20,18 +21,23 @@ _INDIFFERENT = {"torch_dtype", "dtype", "transformers_version", "_name_or_path",
 
 @dataclass(frozen=True)
 class Pair:
-    """``blocks``: indices of the blocks with factorised linears, ascending; ``linears``: their names."""
+    """``blocks``: indices of the blocks with factorised linears, ascending; ``linears``: their names.
+
+    ``dense``: parameters of the linears of these blocks that are not factorised.
+    """
 
     student: Checkpoint
     teacher: Checkpoint
     blocks: tuple[int, ...]
     linears: tuple[str, ...]
+    dense: int
 
     @property
     def kept(self) -> float:
-        """Parameters of the factors over those of the dense linears they stand for."""
+        """Parameters of the linears of ``blocks`` over those that they have in the teacher."""
         factors = [self.student.factors[name] for name in self.linears]
-        return sum(linear.params for linear in factors) / sum(f.in_features * f.out_features for f in factors)
+        before = sum(linear.in_features * linear.out_features for linear in factors)
+        return (self.dense + sum(linear.params for linear in factors)) / (self.dense + before)
 
     def may_move(self, name: str) -> bool:
         """Whether tensor ``name`` is a vector of a block in ``blocks`` or behind the last block (the final norm)."""
@@ -68,7 +74,9 @@ def check_pair(student: Checkpoint, teacher: Checkpoint, model: BlockwiseModel) 
     _compare_tokenizers(student, teacher)
     linears = tuple(name for name in model.linears() if name in student.factors)
     blocks = sorted({index for index in map(block_of, linears) if index is not None})
-    pair = Pair(student, teacher, tuple(blocks), linears)
+    others = [name for name in model.linears() if name not in student.factors and block_of(name) in blocks]
+    dense = sum(prod(model.linear_shape(name)) for name in others)
+    pair = Pair(student, teacher, tuple(blocks), linears, dense)
     _compare_tensors(pair, model)
     return pair
 
@@ -92,7 +100,8 @@ def _short(config: dict[str, Any], key: str) -> str:
 def _compare_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
     open_tokenizer(student.path)
     open_tokenizer(teacher.path)
-    if (student.path / "tokenizer.json").read_bytes() != (teacher.path / "tokenizer.json").read_bytes():
+    ours, theirs = (checkpoint.companion("tokenizer.json") for checkpoint in (student, teacher))
+    if ours is None or theirs is None or ours.read_bytes() != theirs.read_bytes():
         raise _mismatch(student, teacher, "tokenizer.json differs")
 
 

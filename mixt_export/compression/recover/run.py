@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,9 @@ from mixt_export.compression.recover.state import State, StateFolder
 from mixt_export.compression.recover.tail import Head, Tail
 from mixt_export.compression.recover.teacher import listen
 from mixt_export.compression.recover.train import Measured, Trainer
+from mixt_export.compression.run import REPORT_FILE as COMPRESS_REPORT
 from mixt_export.compression.scratch import IN_MEMORY, scratch_beside
+from mixt_export.compression.self_text import sampled_windows
 from mixt_export.compression.texts import default_texts
 from mixt_export.errors import UsageError
 from mixt_export.progress import SILENT, Progress
@@ -46,6 +49,7 @@ def recover(
     *,
     texts: Sequence[str | Path] = (),
     eval_texts: Sequence[str | Path] | None = None,
+    validation: Sequence[str | Path] = (),
     settings: RecoverSettings | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -58,6 +62,8 @@ def recover(
     is frozen and run once. The loss is KL(teacher ‖ student) per token on a part of the vocabulary (vocabulary.py).
     ``texts``: UTF-8 texts to train on, mixed evenly; the shipped calibration texts when empty. ``eval_texts``: measured
     before and after, never used otherwise; None: the shipped evaluation texts, where ``texts`` is empty.
+    ``validation``: texts of other domains that choose the best step together with the ends of ``texts``; text that the
+    teacher samples when empty (then the whole teacher is in memory for a moment).
     ``resume``: go on from ``<output>.recover``, where every check leaves its state. Equal arguments give equal bytes
     on one machine, interrupted or not.
 
@@ -67,8 +73,10 @@ def recover(
     """
     inputs = (Path(student_dir), Path(teacher_dir))
     check_output(Path(output), overwrite=overwrite, inputs=inputs)
-    job = _prepare(student_dir, teacher_dir, output, texts, eval_texts, settings or RecoverSettings(), seed)
+    chosen = _Texts.of(texts, eval_texts, validation)
     clock = Clock(time.process_time)
+    with clock.stage("texts"):
+        job = _prepare(student_dir, teacher_dir, output, chosen, settings or RecoverSettings(), seed, progress)
     state_folder = StateFolder(job.output, job.fingerprint)
     with scratch_beside(job.output) as scratch:
         stream = 4 * job.windows.tokens.size * job.model.hidden
@@ -90,6 +98,8 @@ def recover(
             student = job.pair.student
             write_checkpoint(staging, student, _tensors(tail), student.factors, _info(student, report), progress)
             report = replace(report, cpu_seconds=clock.seconds, peak_rss_bytes=peak_rss())
+            if (student.path / COMPRESS_REPORT).is_file():
+                shutil.copyfile(student.path / COMPRESS_REPORT, staging / COMPRESS_REPORT)
             (staging / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     state_folder.remove()
     return report
@@ -112,42 +122,60 @@ class _Job:
         digest = hashlib.sha256(json.dumps([asdict(self.settings), self.seed]).encode())
         digest.update(self.windows.tokens.tobytes())
         for checkpoint in (self.pair.student, self.pair.teacher):
-            for path in (checkpoint.path / "config.json", *checkpoint.store.files):
+            digest.update(hashlib.sha256(checkpoint.config_bytes()).digest())
+            for path in checkpoint.store.files:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """UTF-8 files: to train on, to choose the best step by, to measure."""
+
+    training: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    evaluation: tuple[Path, ...]
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str | Path], evaluation: Sequence[str | Path] | None, validation: Sequence[str | Path]
+    ) -> _Texts:
+        """Shipped texts where none are given. Raises UsageError where a file is missing."""
+        if evaluation is None:
+            evaluation = [] if texts else sorted(shipped_texts().glob("eval_*.txt"))
+        chosen = [*map(Path, texts)] or default_texts()
+        found = cls(*(tuple(map(Path, paths)) for paths in (chosen, validation, evaluation)))
+        for text in (*found.training, *found.validation, *found.evaluation):
+            if not text.is_file():
+                raise UsageError(f"{text}: no such text.")
+        return found
 
 
 def _prepare(
     student_dir: str | Path,
     teacher_dir: str | Path,
     output: str | Path,
-    texts: Sequence[str | Path],
-    eval_texts: Sequence[str | Path] | None,
+    texts: _Texts,
     settings: RecoverSettings,
     seed: int,
+    progress: Progress,
 ) -> _Job:
     if not 0 <= seed < 1 << 31:
         raise UsageError(f"--seed {seed}: give a whole number from 0 to {(1 << 31) - 1}.")
     student, teacher = open_checkpoint(student_dir), open_checkpoint(teacher_dir)
-    chosen = [Path(text) for text in texts] or default_texts()
-    evaluation = _evaluation(eval_texts, shipped=not texts)
-    for text in (*chosen, *evaluation):
-        if not text.is_file():
-            raise UsageError(f"{text}: no such text.")
     model = BlockwiseModel(teacher)
     pair = check_pair(student, teacher, model)
     if settings.matrix_rate is None:
-        settings = replace(settings, matrix_rate=rate_for(pair.kept))
+        settings = replace(settings, matrix_rate=rate_for(pair.kept, len(pair.blocks)))
     length = min(settings.window, int(getattr(model.model.config, "max_position_embeddings", settings.window)))
-    windows = cut(student.path, chosen, evaluation, settings, length, model.vocabulary)
+    sampled = None
+    if settings.sampled and not texts.validation:
+        sampled = sampled_windows(teacher, settings.sampled, length, seed, progress)
+    windows = cut(
+        student.path, texts.training, texts.validation, texts.evaluation, sampled, settings, length, model.vocabulary
+    )
     return _Job(pair, model, Path(output), windows, settings, seed)
-
-
-def _evaluation(given: Sequence[str | Path] | None, *, shipped: bool) -> list[Path]:
-    if given is not None:
-        return [Path(text) for text in given]
-    return sorted(shipped_texts().glob("eval_*.txt")) if shipped else []
 
 
 @torch.no_grad()

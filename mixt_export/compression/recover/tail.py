@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
+from mixt_export.compression.recover.modules import trained_module
 from mixt_export.compression.recover.pair import Pair
 from mixt_export.compression.refine import trainable
 from mixt_export.errors import UnsupportedError
-from mixt_export.reference.linear import linear_module
 from mixt_export.reference.tensors import read_tensor
 
 
@@ -30,7 +30,7 @@ class Tail:
         self._loaded: dict[str, nn.Parameter] = {}
         self._model = model = BlockwiseModel(pair.student)
         for name in pair.linears:
-            model.model.set_submodule(name, linear_module(pair.student.factors[name], self._load, self._index))
+            model.model.set_submodule(name, trained_module(pair.student.factors[name], self._load, self._index))
         self.blocks: list[nn.Module] = list(model.layers[self.first :])
         self.norm: nn.Module = model.norm
         for offset, block in enumerate(self.blocks):

@@ -10,8 +10,8 @@ from torch import nn
 
 from mixt_export.compression.blocks import spans
 from mixt_export.compression.optimiser import Optimiser
-from mixt_export.compression.precision import fast_products
-from mixt_export.compression.recover.data import Held, Windows
+from mixt_export.compression.precision import fast_products, half_activations
+from mixt_export.compression.recover.data import HELD_OUT, VALIDATION, Held, Windows
 from mixt_export.compression.recover.report import Check
 from mixt_export.compression.recover.settings import RecoverSettings
 from mixt_export.compression.recover.state import State, StateFolder
@@ -82,10 +82,10 @@ class Trainer:
         """Next-token likelihoods and KL(teacher ‖ student) over the whole vocabulary."""
         tokens, teacher_nll, student_nll, kl = 0, 0.0, 0.0, 0.0
         for window in range(held.rows.start, held.rows.stop):
-            found = self.tail(self.teacher.inputs[window : window + 1])[0, :-1]
+            found = self.tail(self.teacher.inputs[window : window + 1])[0, :-1].float()
             wanted, targets = self.teacher.outputs[window, :-1], self.teacher.tokens[window, 1:]
             for span in spans(len(targets), len(self.head.weight)):
-                ours, theirs = self.head.logits(found[span]), self.head.logits(wanted[span])
+                ours, theirs = self.head.logits(found[span]).float(), self.head.logits(wanted[span]).float()
                 student_nll += float(nn.functional.cross_entropy(ours, targets[span], reduction="sum"))
                 teacher_nll += float(nn.functional.cross_entropy(theirs, targets[span], reduction="sum"))
                 kl += float(divergence(theirs, ours).sum())
@@ -93,9 +93,16 @@ class Trainer:
         return Measured(tokens, teacher_nll, student_nll, kl)
 
     def held_out_kl(self) -> float:
-        """Mean divergence over the held-out windows of all training texts, nats per token."""
-        found = [self.measure(held) for held in self.windows.held if held.role == "held out"]
-        return sum(one.kl for one in found) / sum(one.tokens for one in found)
+        """Divergence in nats per token that chooses: the mean over the ends of the training texts, and the mean over
+        the windows of other domains, where there are some; both count the same.
+        """
+        means = []
+        with half_activations():
+            for role in (HELD_OUT, VALIDATION):
+                found = [self.measure(held) for held in self.windows.held if held.role == role]
+                if found:
+                    means.append(sum(one.kl for one in found) / sum(one.tokens for one in found))
+        return sum(means) / len(means)
 
     def _batches(self) -> Iterator[torch.Tensor]:
         return draws(self.windows.training, self.settings.batch, self.settings.steps, self.seed)
@@ -107,10 +114,10 @@ class Trainer:
         rows, weights = teacher.vocabulary.draw(
             torch.cat([teacher.likely[part].flatten(), teacher.tokens[part].flatten().int()]), generator
         )
-        head = self.head.weight[rows]
         wanted = teacher.outputs[part].flatten(0, 1)
-        found = self.tail(teacher.inputs[part]).flatten(0, 1)
-        loss = divergence(wanted @ head.mT, found @ head.mT, weights).mean()
+        with half_activations():
+            found = self.tail(teacher.inputs[part]).flatten(0, 1).float()
+        loss = divergence(self.head.logits(wanted, rows), self.head.logits(found, rows), weights).mean()
         if settings.hidden_weight:
             apart = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
             loss = loss + settings.hidden_weight * apart.mean()

@@ -1,4 +1,4 @@
-"""Rank allocation against brute force."""
+"""Allocation rules: the optimum against brute force, the budget on random shapes, the formula of SVD-LLM V2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixt_export.compression.ranks import Candidate, from_file, kept_parameters, uniform, water_filling
+from mixt_export.compression.allocation import (
+    ALLOCATIONS,
+    WEIGHED,
+    Candidate,
+    from_file,
+    kept_parameters,
+    svd_llm_v2,
+    uniform,
+    water_filling,
+)
+from mixt_export.compression.allocation.candidates import total_loss
+from mixt_export.compression.allocation.svd_llm_v2 import matrix_type
+from mixt_export.compression.allocation.water_filling import _filled
+from mixt_export.compression.method import RANK_RULES
 from mixt_export.errors import UsageError
 
 
@@ -84,6 +97,93 @@ def test_a_real_sized_budget_is_met_to_half_a_percent(keep: float) -> None:
     assert keep - 0.005 <= kept <= keep
 
 
+def test_the_registry_is_what_the_command_line_lists() -> None:
+    assert tuple(ALLOCATIONS) == RANK_RULES
+    assert all(rule.weighs in WEIGHED for rule in ALLOCATIONS.values())
+
+
+@given(
+    rule=st.sampled_from(sorted(ALLOCATIONS)),
+    seed=st.integers(0, 10_000),
+    keep=st.floats(0.25, 0.999),
+    shapes=st.lists(st.tuples(st.integers(2, 700), st.integers(2, 700)), min_size=1, max_size=12),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_keep_is_met_from_below_to_less_than_one_rank(
+    rule: str, seed: int, keep: float, shapes: list[tuple[int, int]]
+) -> None:
+    """Whatever the shapes: within half a percent, or within one rank of every linear that is not dense."""
+    chosen = candidates(shapes, seed)
+    whole = sum(c.dense_cost for c in chosen)
+    try:
+        ranks = ALLOCATIONS[rule].choose(chosen, keep, 0.1)
+    except UsageError:
+        least = sum(c.unit if c.max_rank else c.dense_cost for c in chosen)
+        assert least > keep * whole
+        return
+    left = keep * whole - kept_parameters(chosen, ranks)
+    assert left >= -1e-6 * whole
+    # of a linear the smallest rank that is not dense may be worth more than what is left
+    units = [c.unit for c in chosen if ranks[c.name] is not None]
+    assert left <= max(0.005 * whole, max(units, default=0)), (left / whole, ranks)
+    for c in chosen:
+        rank = ranks[c.name]
+        assert rank is None or 1 <= rank <= c.max_rank
+
+
+def test_large_linears_get_multiples_of_16_where_that_is_free() -> None:
+    rng = np.random.default_rng(4)
+    chosen = [
+        Candidate(
+            f"l{index}", *shape, 10.0 ** rng.uniform(-1, 1) * np.exp(-np.arange(min(shape)) / rng.uniform(50, 150))
+        )
+        for index, shape in enumerate([(576, 576), (192, 576), (1536, 576), (576, 1536)] * 20)
+    ]
+    for keep in (0.5, 0.7, 0.9):
+        ranks = water_filling(chosen, keep)
+        assert [name for name, rank in ranks.items() if rank is not None and rank % 16] == []
+        exact = total_loss(chosen, _filled(chosen, keep, 0.1, dict.fromkeys(ranks, 1)))
+        assert exact <= total_loss(chosen, ranks) <= 1.01 * exact
+    steep = [Candidate("steep", 600, 600, np.r_[np.full(100, 1.0), np.full(500, 1e-9)])]
+    ranks = water_filling(steep, 100 * 1200 / 360_000)
+    assert ranks == {"steep": 100}, "16 ranks too few would cost all"
+
+
+def test_svd_llm_v2_is_the_formula_of_the_paper() -> None:
+    """Independent arithmetic for one group of equal shapes: removed share = |G| R l / Σ l, l = 1 / ln L."""
+    rng = np.random.default_rng(0)
+    chosen = []
+    for layer in range(5):
+        loss = np.sort(rng.gamma(0.5, 10.0 ** (layer + 4), 300))[::-1]
+        chosen.append(Candidate(f"model.layers.{layer}.mlp.up_proj", 300, 400, loss))
+    keep = 0.7
+    rank = int(keep * 300 * 400 / 700)
+    errors = np.array([np.sqrt(c.loss[rank:].sum()) for c in chosen])
+    inverse = 1 / np.log(errors)
+    removed = 5 * (1 - keep) * inverse / inverse.sum()
+    ranks = svd_llm_v2(chosen, keep)
+    for c, share in zip(chosen, removed, strict=True):
+        found = ranks[c.name]
+        assert found is not None
+        assert abs(found - (1 - share) * 300 * 400 / 700) <= 1
+    assert [ranks[c.name] for c in chosen] == sorted(ranks[c.name] or 0 for c in chosen), "more loss, more ranks"
+
+
+def test_svd_llm_v2_groups_by_type_and_survives_small_losses() -> None:
+    assert matrix_type("model.layers.12.mlp.experts.3.up_proj") == "model.layers.*.mlp.experts.*.up_proj"
+    chosen = [
+        Candidate("a.0.x", 50, 50, np.full(50, 1e-12)),
+        Candidate("a.1.x", 50, 50, np.full(50, 1e9)),
+        Candidate("a.0.y", 50, 50, np.zeros(50)),
+    ]
+    ranks = svd_llm_v2(chosen, 0.5)
+    small, large = ranks["a.0.x"], ranks["a.1.x"]
+    assert small is not None
+    assert large is None or large > small
+    assert abs(kept_parameters(chosen, ranks) / 7500 - 0.5) < 0.02
+    assert ranks["a.0.y"] in (12, 13), "the other type keeps its share"
+
+
 def test_a_linear_that_matters_more_gets_more() -> None:
     first = candidates([(40, 60)], 0)[0]
     second = Candidate("louder", 40, 60, first.loss * 100)
@@ -97,7 +197,8 @@ def test_keep_one_keeps_everything_dense_and_tiny_linears_stay_dense() -> None:
     chosen = candidates([(30, 20), (1, 50)], 2)
     assert water_filling(chosen, 1.0) == {"l0": None, "l1": None}
     assert water_filling(chosen, 0.6)["l1"] is None
-    assert uniform(chosen, 0.6) == {"l0": int(0.6 * 600 / 50), "l1": None}
+    assert uniform(chosen, 0.6) == {"l0": int((0.6 * 650 - 50) / 50), "l1": None}
+    assert uniform(chosen, 1.0) == {"l0": None, "l1": None}
 
 
 def test_the_floor_gives_way_to_the_budget_and_the_budget_to_nothing() -> None:
