@@ -15,11 +15,13 @@ from mixt_export.lower.functions import load_function
 from mixt_export.lower.fused import fused_function, fused_node
 from mixt_export.lower.mixture import mixt_node, weight_names, weight_shape, window_weight
 from mixt_export.lower.network_function import Operand, function_for
+from mixt_export.lower.pivot import pivot_weights
 from mixt_export.lower.sparse import lower_sparse
 from mixt_export.lower.weights import DTYPES
 from mixt_export.network import FactorizedLinear
 from mixt_export.plan import Form, MixtForm, Mixture, NetworkForm
 from mixt_export.plan.merged import Merged, dense_weight, merge
+from mixt_export.plan.pivot import PivotForm
 from mixt_export.plan.windows import MAX_WINDOWS
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ def lower_form(context: LinearContext, form: Form, factors: FactorizedLinear, x:
             return _mixture(context, form, factors, x, node)
         stored = tuple(tuple((index,) for index in range(len(branch.cores))) for branch in factors.branches)
         return _network(context, stored, None, factors, x, node)
+    lower = _pivot if isinstance(form, PivotForm) else _two_factors
     if factors.sparse is None:
-        return _low_rank(context, form, factors, x, node) or _network(context, form.groups, form, factors, x, node)
-    whole = replace(factors, sparse=None)
-    y = _low_rank(context, form, whole, x, node) or _network(context, form.groups, form, whole, x, node)
+        return lower(context, form, factors, x, node)
+    y = lower(context, form, replace(factors, sparse=None), x, node)
     rest = lower_sparse(context, factors, x, f"{node}/sparse")
     dtype, shape = _type(context, factors)
     return context.builder.op("Add", [y, rest], name=f"{node}/add_sparse", dtype=dtype, shape=shape)
@@ -102,6 +104,22 @@ def _mixture(context: LinearContext, form: MixtForm, factors: FactorizedLinear, 
         return _node(context, fused_function(fused.op_type), factors, inputs, node, fused.attributes)
     op_type, attributes = mixt_node(form)
     return _node(context, load_function(op_type), factors, inputs, node, attributes)
+
+
+def _pivot(context: LinearContext, form: NetworkForm, factors: FactorizedLinear, x: ir.Value, node: str) -> ir.Value:
+    """Pivot rows and what makes the others of them; the matrix itself where every row is a pivot."""
+    assert isinstance(form, PivotForm)  # what chose this function
+    if form.rank == form.out_features:
+        return _matrix(context, form, factors, x, node)
+    function = load_function("PivotLinear" if factors.bias is None else "PivotLinearBias")
+    values = pivot_weights(context, form, factors)
+    return _node(context, function, factors, [x, *values, *_bias(context, factors)], node, {})
+
+
+def _two_factors(
+    context: LinearContext, form: NetworkForm, factors: FactorizedLinear, x: ir.Value, node: str
+) -> ir.Value:
+    return _low_rank(context, form, factors, x, node) or _network(context, form.groups, form, factors, x, node)
 
 
 def _low_rank(

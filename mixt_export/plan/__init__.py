@@ -2,7 +2,7 @@
 
 from mixt_export.plan.choose import Budget, Choice, FormPlan, choose_forms, planned_elements, stored_elements
 from mixt_export.plan.cost import CPU, Device, seconds
-from mixt_export.plan.forms import Form, forms_of
+from mixt_export.plan.forms import Form, forms_of, named_forms
 from mixt_export.plan.gpu import Gpu
 from mixt_export.plan.mixture import Mixture
 from mixt_export.plan.networks import NetworkForm
@@ -28,6 +28,7 @@ __all__ = [
     "choose_forms",
     "forms_of",
     "mixt_forms",
+    "named_forms",
     "planned_elements",
     "seconds",
     "stored_elements",

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from mixt_export.errors import ResourceError, UsageError
 from mixt_export.network import FactorizedLinear
 from mixt_export.plan.cost import CPU, Device, seconds
-from mixt_export.plan.forms import Form, forms_of
+from mixt_export.plan.forms import Form, forms_of, named_forms
 from mixt_export.plan.gpu import Gpu
 from mixt_export.plan.mixture import Mixture
 from mixt_export.plan.networks import NetworkForm
@@ -37,7 +37,7 @@ class Choice:
     def held(self) -> dict[object, int]:
         """What the graph holds for the linear -> numbers; a stored tensor in one layout has one key for all linears."""
         name, form = self.linear.name, self.form
-        if not isinstance(form, NetworkForm) or form.dense:
+        if not isinstance(form, NetworkForm) or not form.reads:
             return {(name, form.name): form.elements}
         found: dict[object, int] = {}
         for read in form.reads:
@@ -149,7 +149,7 @@ def choose_forms(
     alike: dict[tuple[Form, ...], Times] = {}
     options: dict[str, Options] = {}
     for linear in given:
-        forms = forms_of(linear)
+        forms = named_forms(linear) if linear.name in apart else forms_of(linear)
         if forms not in alike:
             alike[forms] = {
                 form.name: {rows: seconds(form, rows, device) for rows in objective.weights} for form in forms
@@ -274,7 +274,7 @@ def _forced(options: Mapping[str, Options], overrides: Sequence[tuple[str, str]]
         if not matched:
             raise UsageError(f"--form {pattern}={wanted}: no factorised linear of the model matches the expression.")
         for name in matched:
-            found = {form.name: form for form in options[name].every}
+            found = {form.name: form for form in named_forms(options[name].linear)}
             if wanted not in found:
                 raise UsageError(f"--form {pattern}={wanted}: {name} has no such form; it has {', '.join(found)}.")
             forced[name] = found[wanted]

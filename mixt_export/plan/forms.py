@@ -8,6 +8,7 @@ from functools import lru_cache
 from mixt_export.network import Branch, Core, FactorizedLinear, SparseResidual, TensorRef
 from mixt_export.plan.mixture import Mixture
 from mixt_export.plan.networks import NetworkForm, network_forms
+from mixt_export.plan.pivot import pivot_form
 from mixt_export.plan.windows import MixtForm, mixture_forms
 
 Form = MixtForm | NetworkForm
@@ -26,6 +27,13 @@ def forms_of(linear: FactorizedLinear) -> tuple[Form, ...]:
     if mixture is not None:
         return mixture_forms(replace(mixture, name=""), bias=linear.bias is not None)
     return _of_structure(structure(linear))
+
+
+def named_forms(linear: FactorizedLinear) -> tuple[Form, ...]:
+    """`forms_of` and, before the matrix, what is executed only where it is asked for by name: ``pivot`` (see pivot)."""
+    *forms, dense = forms_of(linear)
+    asked = pivot_form(linear)
+    return (*forms, dense) if asked is None else (*forms, asked, dense)
 
 
 def structure(linear: FactorizedLinear) -> FactorizedLinear:

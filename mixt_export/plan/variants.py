@@ -21,7 +21,7 @@ from mixt_export.errors import UsageError
 from mixt_export.network import FactorizedLinear
 from mixt_export.plan.choose import Budget, Choice, FormPlan, planned_elements
 from mixt_export.plan.cost import Device, seconds
-from mixt_export.plan.forms import Form, forms_of
+from mixt_export.plan.forms import Form, forms_of, named_forms
 from mixt_export.plan.gpu import Gpu
 from mixt_export.plan.options import Options
 
@@ -117,7 +117,7 @@ def checked_mode(mode: str, typed: bool) -> str:
 
 
 def _times(linear: FactorizedLinear, rows: Mapping[int, float], device: Device | Gpu) -> dict[str, dict[int, float]]:
-    return {form.name: {count: seconds(form, count, device) for count in rows} for form in forms_of(linear)}
+    return {form.name: {count: seconds(form, count, device) for count in rows} for form in named_forms(linear)}
 
 
 def _score(

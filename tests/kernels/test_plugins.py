@@ -90,7 +90,7 @@ def test_every_operator_of_the_exporter_has_a_plugin(core: Any, tmp_path: Path) 
     from mixt_export.resources import resource
 
     operators = [path.stem for path in (resource("graphs") / "ops").glob("*Linear*.onnxtxt")]
-    operators = sorted(name for name in operators if not name.startswith("LowRank"))
+    operators = sorted(name for name in operators if not name.startswith(("LowRank", "Pivot")))
     index = write_index(tmp_path / "kernels", [], operators)
     assert plugins.register(core, index) == tuple(operators)
     names = {name for name, _, namespace in core.get_plugin_registry().creators if namespace == "mixt"}
