@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
+
 if TYPE_CHECKING:
     from mixt_export.evaluation import TextScore
 
@@ -22,6 +24,7 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Another model: adds KL(other ‖ this) and agreement.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows per text. Default: all of it.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    base: BaseOption = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 takes half the cores.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -30,6 +33,7 @@ def evaluate(
     from mixt_export.evaluation import open_scorer, perplexity
     from mixt_export.verification.tokens import read_text
 
+    use_base(base)
     named = {path.name: path for path in text} if text else _shipped()
     contents = {name: read_text(path) for name, path in named.items()}  # a bad file ends it before models are loaded
     progress = RichProgress()

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
 from mixt_export.cli.export_encoder import describe_encoder, predict_encoder
 from mixt_export.cli.export_trt import describe_trt, judge_fit
 from mixt_export.cli.options import from_toml
+from mixt_export.cli.passes import describe_passes
+from mixt_export.cli.quantise import describe_quantised, quantisation_from
 
 if TYPE_CHECKING:
     from mixt_export.plan import FormPlan
@@ -23,6 +26,7 @@ def export(
     ctx: typer.Context,
     model_dir: Annotated[Path, typer.Argument(help="Model folder: Hugging Face, dense or compressed by mixt.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    base: BaseOption = None,
     target: Annotated[str, typer.Option(help="ort (ONNX Runtime, GenAI), onnx (portable) or trt (TensorRT).")] = "ort",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or, for trt, bf16: weights and activations.")] = "fp32",
     fp16: Annotated[bool, typer.Option("--fp16", help="The same as --dtype fp16.")] = False,
@@ -77,6 +81,39 @@ def export(
         bool | None,
         typer.Option("--scan/--no-scan", help="trt at fp16: look for overflow first (default: if verified)."),
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8|int4", help="Weights of few bits, a scale for every block of inputs.")
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(metavar="16|32|64|128", help="--quantize: weights that share a scale (default 32).")
+    ] = None,
+    quantize_head: Annotated[
+        str | None, typer.Option(metavar="int8|int4", help="--quantize: the head and the embedding (default int8).")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="--quantize: nearest, calibrated (by what each matrix reads), or auto (default).")
+    ] = None,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="--quantize: UTF-8 text to calibrate on (default: the shipped). Repeatable."),
+    ] = None,
+    no_loss: Annotated[
+        bool, typer.Option("--no-loss", help="--quantize: do not measure what quantisation costs.")
+    ] = False,
+    balance: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|weights|calibrated",
+            help="Scale factors against each other, exactly, so that all reach equally far (auto: at 16 bits, where "
+            "they do not).",
+        ),
+    ] = "auto",
+    detect_low_rank: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOL", help="Factor dense weights whose singular values fall below TOL of the largest, losslessly."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder this tool wrote.")] = False,
     verify: Annotated[bool, typer.Option(help="Prove the result against PyTorch.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
@@ -92,14 +129,26 @@ def export(
     from mixt_export.targets import export as run
     from mixt_export.targets.constants import constants_named
     from mixt_export.targets.planning import parse_bytes
+    from mixt_export.targets.rewriting import Rewriting
     from mixt_export.targets.trt import TrtOptions
 
+    use_base(base)
     precision = _precision(ctx, {"dtype": dtype, "fp16": fp16, "bf16": bf16})
     trt = TrtOptions(jetpack, device, max_batch, max_input_len, tuple(island or ()), scan)
     forms = [_override(text) for text in form or ()]
     constants = constants_named(device_constants, target)
     budget = None if memory_budget is None else parse_bytes(memory_budget, "--memory-budget")
+    quantisation = quantisation_from(
+        quantize, calib, group=group, head=quantize_head, rounding=rounding, measure=False if no_loss else None
+    )
+    rewriting = Rewriting(balance, detect_low_rank)
     if dry_run:
+        if detect_low_rank is not None:
+            raise UsageError(
+                "--detect-low-rank reads every weight, --dry-run none; ask mixt inspect --detect-low-rank."
+            )
+        if rewriting.asked:
+            raise UsageError(f"--balance {balance} reads weights, --dry-run none; leave one out.")
         if scan:
             raise UsageError("--scan runs the model, --dry-run reads no weight; leave one out.")
         plan = plan_export(
@@ -115,12 +164,14 @@ def export(
             einsum=einsum,
             constants=constants,
             trt=trt,
+            quantisation=quantisation,
         )
         _describe(plan)
         if isinstance(plan, EncoderPlan):
             predict_encoder(plan)
             typer.echo("dry run: nothing was written.")
             return
+        describe_quantised(plan)
         _predict(plan)
         typer.echo("dry run: nothing was written.")
         judge_fit(plan)
@@ -141,11 +192,15 @@ def export(
         einsum=einsum,
         constants=constants,
         trt=trt,
+        quantisation=quantisation,
+        rewriting=rewriting,
         overwrite=overwrite,
         verify=verify,
         progress=RichProgress(),
     )
     _describe(result.plan)
+    if not isinstance(result.plan, EncoderPlan):
+        describe_quantised(result.plan, result.manifest)
     _conclude(result)
 
 
@@ -170,6 +225,7 @@ def _describe(plan: ExportPlan | EncoderPlan) -> None:
         f"{per_token * plan.max_seq_len / 1e6:.1f} MB at {plan.max_seq_len} tokens"
     )
     _describe_forms(plan.forms)
+    describe_passes(plan.passes)
     describe_trt(plan)
 
 

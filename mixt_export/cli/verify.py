@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
+
 if TYPE_CHECKING:
     from mixt_export.verification import Report
 
@@ -19,6 +21,7 @@ def verify(
     reference: Annotated[
         Path, typer.Option("--reference", "-r", help="Model folder it was made from; PyTorch float32 runs it.")
     ],
+    base: BaseOption = None,
     prompts: Annotated[Path | None, typer.Option(help="UTF-8 file, one prompt per line.")] = None,
     positions: Annotated[
         int | None, typer.Option(help="Teacher-forced positions [256; 2048 with --thorough].", show_default=False)
@@ -46,6 +49,7 @@ def verify(
     from mixt_export.verification import VerifyOptions
     from mixt_export.verification import verify as run
 
+    use_base(base)
     options = VerifyOptions(
         prompts=prompts,
         positions=positions,

@@ -83,7 +83,10 @@ DIALECTS = {
         Dialect(
             name="portable",
             opset=23,
-            operators={"": _STANDARD | _EXPERTS | {"Attention", "RotaryEmbedding"}, MIXT_DOMAIN: frozenset("*")},
+            operators={
+                "": _STANDARD | _EXPERTS | {"Attention", "DequantizeLinear", "RotaryEmbedding"},
+                MIXT_DOMAIN: frozenset("*"),
+            },
             padding="left",
             shared_buffer=False,
         ),
@@ -92,7 +95,9 @@ DIALECTS = {
             opset=23,
             operators={
                 "": _STANDARD | _EXPERTS | {"Attention"},
-                MICROSOFT_DOMAIN: frozenset(["GroupQueryAttention", "FusedMatMul"]),
+                MICROSOFT_DOMAIN: frozenset(
+                    ["GroupQueryAttention", "FusedMatMul", "MatMulNBits", "GatherBlockQuantized"]
+                ),
                 MIXT_DOMAIN: frozenset("*"),
             },
             padding="right",

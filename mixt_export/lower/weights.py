@@ -7,7 +7,7 @@ by side in one file, stored in the graph's dtype and wanted in the stored layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -34,13 +34,25 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
 }
 
-#: What a streamed tensor may hold: weights, and indices of Gather.
-_ELEMENTS = {**DTYPES, "int32": ir.DataType.INT32}
+#: What a streamed tensor may hold: weights, indices of Gather, and codes of quantised weights.
+_ELEMENTS = {
+    **DTYPES,
+    "int32": ir.DataType.INT32,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+}
+
+_NAMES = {element: name for name, element in _ELEMENTS.items()}
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element of the graph dtype ``dtype``, or of int32."""
     return int(_ELEMENTS[dtype].itemsize)
+
+
+def _nbytes(shape: Sequence[int], dtype: str) -> int:
+    return -(-prod(shape) * int(_ELEMENTS[dtype].itemsize * 8) // 8)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,12 @@ class Weights:
     dtype: str
     linked: set[Path] = field(default_factory=set)
     streamed: list[Streamed] = field(default_factory=list)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Filled in: name of a graph's tensor -> the stored tensors that it is, stacked along their first axis."""
+    flipped: set[str] = field(default_factory=set)
+    """Filled in: names of those that are transposed behind the stacking."""
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Filled in: name of a tensor that was computed from stored ones -> those."""
     _known: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     _end: int = 0
 
@@ -84,7 +102,7 @@ class Weights:
     def in_place(self, names: Sequence[str]) -> bool:
         """Whether ``names``, stacked along axis 0, can be pointed at where they lie."""
         stored = [self._stored(name) for name in names]
-        if any(tensor.ref.dtype != self.dtype for tensor in stored):
+        if any(tensor.ref.dtype != self.dtype or not tensor.in_file for tensor in stored):
             return False
         return all(
             after.path == before.path
@@ -97,6 +115,7 @@ class Weights:
         """The tensors ``names`` stacked along axis 0, in place; call only where `in_place` holds."""
         stored = [self._stored(part) for part in names]
         self.linked.add(stored[0].path)
+        self.parts[name] = tuple(names)
         shape = (sum(tensor.ref.shape[0] for tensor in stored), *stored[0].ref.shape[1:])
         nbytes = sum(tensor.nbytes for tensor in stored)
         return self._external(stored[0].path.name, stored[0].offset, nbytes, shape, name)
@@ -111,6 +130,7 @@ class Weights:
         if tuple(shape) == stored.shape:
             return self.tensor(name)
         label = f"{name}.{'x'.join(map(str, shape))}"
+        self.parts[label] = (name,)
         if not self.in_place([name]):
             return self._stream([name], shape, label, transpose=False)
         found = self._stored(name)
@@ -120,6 +140,7 @@ class Weights:
     def transposed(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
         """Matrices (out, in) stacked along their outputs and transposed to (in, sum of out), streamed."""
         shapes = [self.shape(part) for part in names]
+        self.flipped.add(name)
         return self._stream(names, (shapes[0][1], sum(shape[0] for shape in shapes)), name, transpose=True)
 
     def stacked(self, names: Sequence[str], name: str) -> ir.TensorProtocol:
@@ -141,6 +162,7 @@ class Weights:
         if not transpose and self.in_place(names):
             stored = [self._stored(part) for part in names]
             self.linked.add(stored[0].path)
+            self.parts[name] = tuple(names)
             nbytes = sum(tensor.nbytes for tensor in stored)
             shape = (len(names), rows, columns)
             return self._external(stored[0].path.name, stored[0].offset, nbytes, shape, name)
@@ -159,6 +181,7 @@ class Weights:
         """
         for source in sources:
             self._stored(source)
+        self.sources[name] = tuple(sources)
         return self._append(name, shape, self.dtype, (lambda: self._computed(name, tuple(shape), make),))
 
     def _computed(self, name: str, shape: tuple[int, ...], make: Derive) -> np.ndarray[Any, Any]:
@@ -172,6 +195,38 @@ class Weights:
                 "choose a wider dtype."
             )
         return np.ascontiguousarray(wide, dtype)
+
+    def packed(
+        self, name: str, shape: Sequence[int], dtype: str, make: Callable[[], np.ndarray[Any, Any]]
+    ) -> ir.TensorProtocol:
+        """A tensor of integers or scales, streamed; ``make()`` gives its bytes (two int4 in one)."""
+        return self._append(name, shape, dtype, (make,))
+
+    def reader(self, tensor: ir.TensorProtocol) -> Callable[[], np.ndarray[Any, Any]]:
+        """What gives the value of a tensor that this object made, anew at every call, in the graph's layout."""
+        parts, shape = self._makers(str(tensor.name)), tensor.shape.numpy()
+        return lambda: np.concatenate([part().reshape(-1) for part in parts]).reshape(shape)
+
+    def rearrange(self, kept: Mapping[str, ir.TensorProtocol]) -> dict[str, ir.TensorProtocol]:
+        """Forget every tensor that is not in ``kept`` (by name), close the gaps, point at no file of the checkpoint.
+
+        What is left of a checkpoint whose matrices were quantised is small: it is written anew instead of keeping files
+        that nothing else reads. Returns the new places by name. Raises MixtError for a tensor of another maker.
+        """
+        makers = {name: self._makers(name) for name in kept}
+        self._known, self.streamed, self._end = {}, [], 0
+        self.linked.clear()
+        for name, tensor in kept.items():
+            self._append(name, tensor.shape.numpy(), _NAMES[tensor.dtype], makers[name])
+        return dict(self._known)
+
+    def _makers(self, name: str) -> tuple[Callable[[], np.ndarray[Any, Any]], ...]:
+        entry = next((entry for entry in self.streamed if entry.name == name), None)
+        if entry is not None:
+            return entry.parts
+        if name not in self.parts:
+            raise MixtError(f"{name}: where this tensor came from is not known. Please report this.")
+        return tuple(_late(self._converted, part, False) for part in self.parts[name])
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -190,6 +245,7 @@ class Weights:
         )
 
     def _stream(self, names: Sequence[str], shape: Sequence[int], name: str, *, transpose: bool) -> ir.TensorProtocol:
+        self.parts[name] = tuple(names)
         if transpose and len(names) > 1:
             # Columns of several matrices interleave in memory: they are joined in one go.
             return self._append(name, shape, self.dtype, (lambda: self._joined(names),))
@@ -199,7 +255,7 @@ class Weights:
         self, name: str, shape: Sequence[int], dtype: str, parts: tuple[Callable[[], np.ndarray[Any, Any]], ...]
     ) -> ir.TensorProtocol:
         if name not in self._known:  # a tied embedding is asked for twice and written once
-            nbytes = prod(shape) * itemsize(dtype)
+            nbytes = _nbytes(shape, dtype)
             self.streamed.append(Streamed(name, self._end, nbytes, parts))
             self._known[name] = self._external(STREAMED_FILE, self._end, nbytes, shape, name, dtype)
             self._end = -(-(self._end + nbytes) // _ALIGNMENT) * _ALIGNMENT

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mixt_export.checkpoints import open_checkpoint
-from mixt_export.errors import UsageError
+from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.families.encoders import is_encoder
 from mixt_export.targets.encoder import EncoderPlan, export_encoder, plan_encoder
 from mixt_export.targets.export import ExportPlan, ExportResult
 from mixt_export.targets.export import export as export_decoder
 from mixt_export.targets.export import plan_export as plan_decoder
+
+_DECODERS_ONLY = ("trt", "variants", "quantisation", "rewriting")
 
 
 def export(model_dir: Path | str, output: Path | str, **options: Any) -> ExportResult:
@@ -29,10 +31,15 @@ def plan_export(model_dir: Path, **options: Any) -> ExportPlan | EncoderPlan:
 
 
 def _for_encoder(options: dict[str, Any]) -> dict[str, Any]:
-    """Without what only a board's decoder has. Raises UsageError where such an option was given."""
+    """Without what only a decoder has. Raises UsageError or UnsupportedError where such an option was given."""
     trt = options.get("trt")
     if trt is not None and trt.given() and options.get("target") != "trt":
         raise UsageError(f"{trt.given()[0]} is an option of --target trt, which takes decoders; leave it out.")
     if options.get("variants", "auto") not in ("auto", "none"):
         raise UsageError("--variants: an encoder reads all its tokens at once; leave it out.")
-    return {name: value for name, value in options.items() if name not in ("trt", "variants")}
+    if options.get("quantisation") is not None:
+        raise UnsupportedError("--quantize: encoders are exported with float weights only; leave it out.")
+    rewriting = options.get("rewriting")
+    if rewriting is not None and rewriting.asked:
+        raise UnsupportedError(f"{rewriting.asked}: knows decoders only, this model is an encoder; leave it out.")
+    return {name: value for name, value in options.items() if name not in _DECODERS_ONLY}

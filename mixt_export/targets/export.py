@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,15 @@ from mixt_export.lower.weights import itemsize
 from mixt_export.plan import CPU, Device, FormPlan
 from mixt_export.plan.variants import checked_mode
 from mixt_export.progress import SILENT, Progress
+from mixt_export.quantisation import Quantisation
 from mixt_export.staging import check_output, require_space, staged_folder
-from mixt_export.targets.files import write_json, write_model
+from mixt_export.targets.files import initializer_bytes, write_json, write_model
 from mixt_export.targets.genai import genai_config
 from mixt_export.targets.manifest import FILE, build_manifest
 from mixt_export.targets.planning import FormOptions, lower_planned
+from mixt_export.targets.quantise import QuantisedPlan, check_quantisation, quantisation_entry, quantised_plan
 from mixt_export.targets.registry import Target, dtype_named, target_named
+from mixt_export.targets.rewriting import Rewriting, Rewritten, behind_passes
 from mixt_export.targets.trt import TrtOptions, TrtSettings, dialect_for, joined, named_islands, settle
 
 if TYPE_CHECKING:
@@ -59,6 +62,10 @@ class ExportPlan:
     """What the graph computes in float32 besides norms and softmax."""
     extremes: Extremes | None = None
     """What the overflow scan saw, where it ran."""
+    quantised: QuantisedPlan | None = None
+    """The matrices that became blocks of integers."""
+    passes: Mapping[str, Any] = field(default_factory=dict)
+    """What passes over the checkpoint did, by their names."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -98,6 +105,8 @@ def plan_export(
     constants: Device = CPU,
     trt: TrtOptions | None = None,
     extremes: Extremes | None = None,
+    quantisation: Quantisation | None = None,
+    rewritten: Rewritten | None = None,
 ) -> ExportPlan:
     """Lower ``model_dir`` without reading a weight.
 
@@ -107,11 +116,16 @@ def plan_export(
     variants: auto, one or none, see plan.variants; for
     target trt by the costs of the board, or of an AGX Orin where none is named, else of the CPU ``constants``. trt:
     board and engine limits of target trt; extremes: what an overflow scan saw, which decides its float32 islands.
+    quantisation: weights of few bits (docs/quantisation.md); forms are then chosen as for floats, without variants.
+    rewritten: ``model_dir`` behind the passes of targets.rewriting.
     Raises UsageError, CheckpointError, UnsupportedError, and ResourceError when nothing fits the memory budget.
     """
     chosen, options = _target(target, trt)
     numpy_dtype = dtype_named(dtype, chosen)
-    checkpoint = open_checkpoint(model_dir)
+    if quantisation is not None:
+        check_quantisation(chosen, numpy_dtype, memory_budget)
+        variants = "none" if variants == "auto" else variants
+    checkpoint = open_checkpoint(model_dir) if rewritten is None else rewritten.checkpoint
     decoder = decoder_of(checkpoint.config, num_layers)
     length = max_seq_len or min(decoder.max_positions, DEFAULT_MAX_SEQ_LEN)
     if not 0 < length <= decoder.max_positions:
@@ -138,6 +152,10 @@ def plan_export(
             plan=plan,
         ),
     )
+    quantised = None
+    if quantisation is not None:
+        quantised = quantised_plan(lowered, chosen, decoder.embedding, quantisation)
+        weight_bytes = initializer_bytes(lowered.model)
     return ExportPlan(
         checkpoint,
         decoder,
@@ -150,6 +168,8 @@ def plan_export(
         settings,
         islands,
         extremes,
+        quantised,
+        {} if rewritten is None else rewritten.record,
     )
 
 
@@ -189,6 +209,8 @@ def export(
     einsum: bool = False,
     constants: Device = CPU,
     trt: TrtOptions | None = None,
+    quantisation: Quantisation | None = None,
+    rewriting: Rewriting | None = None,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = SILENT,
@@ -196,6 +218,7 @@ def export(
     """Write ``model_dir`` as an ONNX folder at ``output`` and, unless ``verify`` is off, prove it against PyTorch.
 
     The folder appears whole or not at all; one that fails verification stays, with its report, and ``ok`` is False.
+    rewriting: passes over the checkpoint, see targets.rewriting; the proof runs against ``model_dir`` as it is stored.
     Other arguments: see plan_export. Raises UsageError, CheckpointError, UnsupportedError, ResourceError, and
     MissingDependencyError when verification is wanted and PyTorch is absent.
     """
@@ -215,22 +238,37 @@ def export(
         einsum=einsum,
         constants=constants,
         trt=trt,
+        quantisation=quantisation,
     )
     plan = replan()
     check_output(output, overwrite=overwrite, inputs=(source,))
     if verify:
         _require_verification(plan.max_seq_len)
-    require_space(output, plan.written_bytes + (64 << 20), "the exported model")
     digests = check_finite(plan.checkpoint.store, progress=progress, digests=True)
-    if _scans(plan, trt, verify):
-        from mixt_export.verification.overflow import scan
+    passes = rewriting or Rewriting()
+    quantised = quantisation is not None
+    if quantised and passes.detect_low_rank is not None:
+        raise UsageError("--detect-low-rank with --quantize: detect first, into a model folder; leave one out.")
+    with behind_passes(
+        plan.checkpoint, passes, plan.lowered.weights.dtype, output, quantised=quantised, progress=progress
+    ) as changed:
+        if changed.record:
+            replan = partial(replan, rewritten=changed)
+            plan = replan()
+        require_space(output, plan.written_bytes + (64 << 20), "the exported model")
+        if _scans(plan, trt, verify):
+            from mixt_export.verification.overflow import scan
 
-        plan = replan(extremes=scan(plan.checkpoint, plan.decoder, max_length=plan.max_seq_len, progress=progress))
-    with staged_folder(output, overwrite=overwrite, inputs=(source,)) as folder:
-        linked = _write(plan, folder, digests, progress)
-        if plan.trt is not None:
-            _write_device(source, folder, plan.lowered.model, golden=verify, progress=progress)
-        manifest = load_object(folder / FILE)
+            plan = replan(extremes=scan(plan.checkpoint, plan.decoder, max_length=plan.max_seq_len, progress=progress))
+        with staged_folder(output, overwrite=overwrite, inputs=(source,)) as folder:
+            if plan.quantised is None:
+                linked = _write(plan, folder, digests, progress)
+            else:
+                floats = replan(quantisation=None, variants="none" if variants == "auto" else variants)
+                linked = _write_quantised(plan, floats, source, folder, digests, progress)
+            if plan.trt is not None:
+                _write_device(source, folder, plan.lowered.model, golden=verify, progress=progress)
+            manifest = load_object(folder / FILE)
     result = ExportResult(output, plan, manifest, linked, time.monotonic() - began)
     if not verify:
         return result
@@ -238,6 +276,29 @@ def export(
 
     report = prove(output, source, progress=progress)
     return ExportResult(output, plan, manifest, linked, time.monotonic() - began, report)
+
+
+def _write_quantised(
+    plan: ExportPlan, floats: ExportPlan, source: Path, folder: Path, digests: dict[str, str], progress: Progress
+) -> bool:
+    """`_write` behind the rounding of the weights; ``floats`` is the same plan with float weights."""
+    from mixt_export.targets.calibrate import FloatGraph, calibrate_plan, measured_loss, wants_calibration
+
+    assert plan.quantised is not None
+    why_not = wants_calibration(plan.quantised, source)
+    graph = FloatGraph(floats)
+    if why_not:
+        progress.note(f"weights are rounded to nearest: {why_not}")
+        linked = _write(plan, folder, digests, progress)
+    else:
+        with calibrate_plan(graph, plan.quantised, source, plan.quantised.settings.texts, folder, progress):
+            linked = _write(plan, folder, digests, progress)
+    manifest = load_object(folder / FILE)
+    loss = measured_loss(graph, folder, progress) if plan.quantised.settings.measure else None
+    figures = {"rounding": "nearest" if why_not else "calibrated", **({} if loss is None else {"loss": loss})}
+    manifest["quantisation"] = quantisation_entry(plan.quantised, figures)
+    write_json(folder / FILE, manifest)
+    return linked
 
 
 def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Progress) -> bool:
@@ -255,6 +316,8 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
         files=files,
         trt=_trt_manifest(plan),
     )
+    if plan.passes:
+        manifest["passes"] = dict(plan.passes)
     if plan.target.genai:
         generation = load_optional(folder / "generation_config.json")
         write_json(folder / "genai_config.json", genai_config(manifest, checkpoint.config, generation))

@@ -38,7 +38,8 @@ def write_model(
     linked = [place(path, folder) for path in sorted(weights.linked)]
     write_streamed(weights, folder, progress)
     ir.save(lowered.model, folder / GRAPH_FILE)
-    for path in (checkpoint.path / "config.json", *checkpoint.companions()):
+    (folder / "config.json").write_bytes(checkpoint.config_bytes())
+    for path in checkpoint.companions():
         shutil.copyfile(path, folder / path.name)
     if device_files is not None:
         source = resource("runtimes") / device_files

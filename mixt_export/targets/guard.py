@@ -11,6 +11,7 @@ from mixt_export.errors import MixtError
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.weights import itemsize
 from mixt_export.plan import FormPlan
+from mixt_export.plan.pivot import PivotForm
 
 #: Bytes of masks, shapes and scalars that no checkpoint holds.
 _SLACK = 1 << 20
@@ -21,7 +22,8 @@ def guard_weights(lowered: LoweredModel, forms: FormPlan, weight_bytes: int) -> 
 
     As a whole: the checkpoint's parameters, with what the planned forms hold in place of the cores, the rotary tables
     and small constants. In factors: initializers named after factorised linears or their cores, biases apart, hold at
-    most the planned numbers; sparse residuals besides their int32 indices and padding (see `lower.sparse`).
+    most the planned numbers; sparse residuals besides their int32 indices and padding (see `lower.sparse`), pivot rows
+    besides the int32 order of the outputs.
     """
     weights = lowered.weights
     factors = weights.checkpoint.factors
@@ -29,13 +31,13 @@ def guard_weights(lowered: LoweredModel, forms: FormPlan, weight_bytes: int) -> 
     elsewhere = {ref.name for name, linear in factors.items() if name not in forms.choices for ref in linear.tensors()}
     cores = sum(size for name, size in forms.cores().items() if name not in elsewhere)
     stored = sum(prod(tensor.ref.shape) for tensor in weights.checkpoint.store.values())
-    sparse = _sparse_bytes(forms, item)
-    planned = (stored - cores + forms.planned_elements) * item + sparse
+    indices = _sparse_bytes(forms, item) + _order_bytes(forms)
+    planned = (stored - cores + forms.planned_elements) * item + indices
     tables = sum(entry.nbytes for entry in weights.streamed if entry.name.startswith("/rotary/"))
     if weight_bytes > planned + tables + _SLACK:
         raise _grown(f"the graph holds {weight_bytes} bytes of weights", planned + tables)
     held = sum(_factor_bytes(lowered.model, forms))
-    allowed = forms.planned_elements * item + sparse
+    allowed = forms.planned_elements * item + indices
     if held > allowed:
         raise _grown(f"the graph holds {held} bytes of factors", allowed)
 
@@ -52,6 +54,12 @@ def _sparse_bytes(forms: FormPlan, item: int) -> int:
         for linear in linears
         if linear.sparse is not None
     )
+
+
+def _order_bytes(forms: FormPlan) -> int:
+    """Where pivot rows and the others belong: one int32 an output."""
+    choices = forms.choices.values()
+    return sum(4 * choice.form.out_features for choice in choices if isinstance(choice.form, PivotForm))
 
 
 def _factor_bytes(model: ir.Model, forms: FormPlan) -> Iterator[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mixt_export import __version__
 from mixt_export.checkpoints import Checkpoint
-from mixt_export.checkpoints.strictjson import load_optional
+from mixt_export.checkpoints.strictjson import load_object
 from mixt_export.families import Decoder, decoder_of
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.weights import itemsize
@@ -94,7 +94,8 @@ def special_token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Several end tokens in either file are all kept: a chat model often lists more in the one than in the other.
     """
-    sources = [load_optional(checkpoint.path / "generation_config.json"), dict(checkpoint.config)]
+    generation = checkpoint.companion("generation_config.json")
+    sources = [{} if generation is None else load_object(generation), dict(checkpoint.config)]
     ends: list[int] = []
     for source in sources:
         given = source.get("eos_token_id")

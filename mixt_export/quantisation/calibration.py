@@ -1,0 +1,141 @@
+"""Round every matrix of a graph in turn, each by what it reads once everything before it is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mixt_export.progress import SILENT, Progress
+from mixt_export.quantisation.blocks import Blocks, dequantised
+from mixt_export.quantisation.calibrated import calibrated
+from mixt_export.quantisation.nearest import nearest
+from mixt_export.quantisation.segments import Piece, Read, Runner, Values, blocks_of, cut
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix to round: ``transposed`` when the graph holds it as (inputs, outputs)."""
+
+    bits: int
+    group: int
+    transposed: bool
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    targets: Mapping[str, Target],
+    read: Read,
+    windows: Sequence[Ids],
+    keep: Callable[[str, Blocks], None],
+    *,
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> int:
+    """Give ``keep`` the blocks of every matrix of ``model`` named in ``targets``; how many were calibrated.
+
+    ``model``: a decoder's graph with logits of every position; ``read(name)``: the value of an initializer in the
+    graph's layout; ``windows``: tokens (length,) each. Blocks of the decoder run one after the other with the rounded
+    matrices before them, as they will run later. A matrix whose input cannot be observed (the embedding's table) is
+    rounded to nearest.
+    """
+    states = [_inputs(model, window) for window in windows]
+    tables: Values = {}
+    count = 0
+    with progress.task("rounding by calibration", len(blocks_of(model.graph.node))) as done:
+        for piece in cut(model, targets, ("logits",), read):
+            count += _round(piece, targets, read, states, tables, keep, threads)
+            done(1)
+    return count
+
+
+def _round(
+    piece: Piece,
+    targets: Mapping[str, Target],
+    read: Read,
+    states: list[Values],
+    tables: Values,
+    keep: Callable[[str, Blocks], None],
+    threads: int,
+) -> int:
+    """Round what is multiplied by in ``piece`` and run it on; ``tables``: those rounded before that later pieces read.
+
+    A matrix whose input cannot be observed, as that of a lookup, is rounded to nearest, and once for the whole graph.
+    """
+    matrices = {name: tables[name] if name in tables else np.ascontiguousarray(read(name)) for name in piece.matrices}
+    due = [name for name in piece.matrices if name not in tables]
+    moments = _moments(piece, states, matrices, threads) if set(due) & piece.observed.keys() else {}
+    for name in due:
+        target = targets[name]
+        value = matrices[name].T if target.transposed else matrices[name]
+        gram = moments.get(name)
+        if gram is None:
+            blocks = nearest(value, target.bits, target.group)
+        else:
+            blocks = calibrated(value, gram, target.bits, target.group)
+        keep(name, blocks)
+        rounded = dequantised(blocks)
+        matrices[name] = np.ascontiguousarray(rounded.T if target.transposed else rounded)
+        if gram is None:
+            tables[name] = matrices[name]
+    advance(piece, states, matrices, threads)
+    return len(set(due) & moments.keys())
+
+
+def _moments(piece: Piece, states: Iterable[Values], matrices: Values, threads: int) -> dict[str, NDArray[np.float64]]:
+    """Σ x xᵀ (K, K) of what each matrix reads, over all windows; matrices that read the same share the array."""
+    runner = Runner(piece.observing, threads)
+    sums: dict[str, NDArray[np.float64]] = {}
+    for state in states:
+        found = runner.run({name: state[name] for name in piece.reads}, matrices)
+        for output in set(piece.observed.values()):
+            if output in sums:
+                sums[output] += found[output]
+            else:
+                sums[output] = found[output].astype(np.float64)
+    return {name: sums[output] for name, output in piece.observed.items()}
+
+
+def advance(piece: Piece, states: list[Values], matrices: Values, threads: int) -> None:
+    """Run ``piece`` on every state and add what it gives to the state; nothing for the last piece."""
+    if not piece.gives or piece.gives == ("logits",):
+        return
+    runner = Runner(piece.model, threads)
+    for state in states:
+        state.update(runner.run({name: state[name] for name in piece.reads}, matrices))
+
+
+def logits_of(
+    model: onnx.ModelProto, read: Read, windows: Sequence[Ids], *, threads: int = 0
+) -> Iterator[NDArray[np.float32]]:
+    """Logits (length, vocab) of each window, block by block with the weights as they are."""
+    states = [_inputs(model, window) for window in windows]
+    for piece in cut(model, (), ("logits",), read):
+        if "logits" not in piece.gives:
+            advance(piece, states, {}, threads)
+            continue
+        runner = Runner(piece.model, threads)
+        for state in states:
+            yield runner.run({name: state[name] for name in piece.reads}, {})["logits"][0]
+
+
+def _inputs(model: onnx.ModelProto, window: Ids) -> Values:
+    """One sequence from an empty cache."""
+    found: dict[str, Any] = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        if value.name == "input_ids":
+            found[value.name] = window[None].astype(np.int64)
+        elif value.name == "attention_mask":
+            found[value.name] = np.ones((1, len(window)), np.int64)
+        else:
+            shape = [dim.dim_value for dim in tensor.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            found[value.name] = np.zeros((1, shape[1], 0, shape[3]), dtype)
+    return found

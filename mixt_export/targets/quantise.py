@@ -1,0 +1,78 @@
+"""Weights of few bits in an export: which matrices, by which rounding, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mixt_export.errors import UsageError
+from mixt_export.lower import LoweredModel
+from mixt_export.lower.quantised import QuantisedMatrix, Rounded, find_matrices, quantise
+from mixt_export.quantisation import Quantisation, nearest
+from mixt_export.targets.registry import Target
+
+
+@dataclass(frozen=True)
+class QuantisedPlan:
+    """The matrices of a graph that were quantised; ``rounded`` gives their blocks when the graph is written."""
+
+    settings: Quantisation
+    matrices: Mapping[str, QuantisedMatrix]
+    rounded: Rounded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes and scales."""
+        return sum(matrix.nbytes for matrix in self.matrices.values())
+
+
+def check_quantisation(target: Target, dtype: str, memory_budget: int | None) -> None:
+    """Raise UsageError for options that do not go with `--quantize`."""
+    if target.name == "ort" and dtype != "float32":
+        raise UsageError(
+            f"--quantize --dtype {dtype}: on a CPU activations are float32 whatever the weights; leave the dtype out."
+        )
+    if memory_budget is not None:
+        raise UsageError("--memory-budget counts weights before they are quantised; leave it out with --quantize.")
+
+
+def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settings: Quantisation) -> QuantisedPlan:
+    """Quantise ``lowered`` in place. Raises UsageError when no matrix of it is large enough."""
+    found = find_matrices(lowered, settings, embedding)
+    if not found:
+        raise UsageError(
+            f"--quantize: no matrix of this model has {settings.min_elements} elements and whole blocks of "
+            f"{settings.group} inputs; leave it out, or choose a smaller --group."
+        )
+    rounded = Rounded(lambda matrix: nearest(matrix.read(), matrix.bits, matrix.group))
+    quantise(lowered, target.dialect, found, rounded)
+    return QuantisedPlan(settings, {name: matrix for name, (matrix, _) in found.items()}, rounded)
+
+
+def quantisation_entry(plan: QuantisedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says: settings, rounding and loss (``figures``), and of every matrix what is written."""
+    return {
+        "bits": plan.settings.bits,
+        "head_bits": plan.settings.head_bits,
+        "group": plan.settings.group,
+        "min_elements": plan.settings.min_elements,
+        "bytes": plan.nbytes,
+        **figures,
+        "matrices": {matrix.name: _matrix_entry(plan, matrix) for matrix in plan.matrices.values()},
+    }
+
+
+def _matrix_entry(plan: QuantisedPlan, matrix: QuantisedMatrix) -> dict[str, Any]:
+    return {
+        "codes": matrix.codes_name,
+        "scales": matrix.scales_name,
+        "shape": [matrix.rows, matrix.columns],
+        "transposed": matrix.transposed,
+        "bits": matrix.bits,
+        "group": matrix.group,
+        "bytes": matrix.nbytes,
+        "parts": list(matrix.parts),
+        "flipped": matrix.flipped,
+        **plan.rounded.errors.get(matrix.name, {}),
+    }
