@@ -56,7 +56,8 @@ class FactorizedLinear(nn.Module):
         for branch in self.linear.branches:
             y = y + self._branch(branch, flat)
         if self.values is not None:
-            y = y.index_add(1, self.get_buffer("rows"), flat[:, self.get_buffer("cols")] * self.values)
+            products = flat[:, self.get_buffer("cols")] * self.values
+            y = y.index_add(1, self.get_buffer("rows"), products.to(y.dtype))
         if self.bias is not None:
             y = y + self.bias
         out: torch.Tensor = y.reshape(*x.shape[:-1], self.out_features)

@@ -22,13 +22,14 @@ ATTENTIONS = ("eager", "sdpa")
 _COMPUTED = ("rotary_emb.inv_freq",)
 
 
-def load_reference(model_dir: str | Path, *, dtype: str = "float32", attn: str = "eager") -> nn.Module:
+def load_reference(model_dir: str | Path | Checkpoint, *, dtype: str = "float32", attn: str = "eager") -> nn.Module:
     """Load ``model_dir`` as transformers' causal language model, or encoder, in eval mode on the CPU without gradients.
 
-    Weights come from the folder's headers-checked store, one tensor at a time; each factorised linear is a module that
-    executes its network activation-first (reference.linear; MixT builds its matrix where that is cheaper). ``dtype``:
-    float32, float16, bfloat16 or float64, of weights and activations; ``attn``: "eager" or "sdpa". Local files only; no
-    code of the folder is run.
+    ``model_dir`` may be a checkpoint that is open already, with tensors laid over it or without. Weights come from its
+    headers-checked store, one tensor at a time; each factorised linear is a module that executes its network
+    activation-first (reference.linear; MixT builds its matrix where that is cheaper). ``dtype``: float32, float16,
+    bfloat16 or float64, of weights and activations; ``attn``: "eager" or "sdpa". Local files only; no code of the
+    folder is run.
 
     Raises CheckpointError when a tensor is missing, unexpected or of the wrong shape, UnsupportedError for an unknown
     model type, UsageError for an unknown dtype or attention, MissingDependencyError without transformers.
@@ -36,7 +37,7 @@ def load_reference(model_dir: str | Path, *, dtype: str = "float32", attn: str =
     if attn not in ATTENTIONS:
         raise UsageError(f"attention {attn!r} is unknown; choose one of {', '.join(ATTENTIONS)}.")
     kind = torch_dtype(dtype)
-    checkpoint = open_checkpoint(model_dir)
+    checkpoint = model_dir if isinstance(model_dir, Checkpoint) else open_checkpoint(model_dir)
     model = build_skeleton(checkpoint, dtype=kind, attn=attn)
     filler = _Filler(checkpoint, model, dtype)
     if is_encoder(checkpoint.config):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints import Checkpoint, open_checkpoint
 from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.progress import Progress
+from mixt_export.verification.far_probe import SIZES, far_length, long_cache
 from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate, rounding_gate
 from mixt_export.verification.graph import open_graph
 from mixt_export.verification.layers import LayerErrors
-from mixt_export.verification.metrics import LogitsComparison
+from mixt_export.verification.metrics import LogitsComparison, relative_l2
 from mixt_export.verification.options import SHORTEST, VerifyOptions
+from mixt_export.verification.quantised import float_activations, matrices_of, with_integers
+from mixt_export.verification.routes import Route
 from mixt_export.verification.session import ExportedRunner, Ids
 from mixt_export.verification.tokens import make_sequences, open_tokenizer
 from mixt_export.verification.torch_model import TorchModel
@@ -35,9 +42,15 @@ class Context:
             raise UsageError(f"{reference}: is not a folder; give the model folder that was exported with --reference.")
         self.graph = open_graph(exported)
         self.manifest = load_optional(exported / "mixt_manifest.json")
-        self.config = load_optional(reference / "config.json")
+        self.config = dict(open_checkpoint(reference).config)
+        #: Quantised matrices by name; with any, PyTorch runs with the weights that their integers stand for.
+        self.matrices = matrices_of(self.graph, self.manifest)
+        self.source: Path | Checkpoint = reference
+        if self.matrices:
+            self.graph = float_activations(self.graph)
+            self.source = with_integers(open_checkpoint(reference), self.matrices)
         with progress.task("loading the PyTorch reference"):
-            self.torch = TorchModel(reference, threads=options.threads, layers=self.graph.layers)
+            self.torch = TorchModel(self.source, threads=options.threads, layers=self.graph.layers)
         if self.graph.vocab_size not in (0, self.torch.vocab_size):
             raise UsageError(
                 f"{exported} has {self.graph.vocab_size} tokens, {reference} has {self.torch.vocab_size}; "
@@ -49,8 +62,11 @@ class Context:
                 "a larger --max-seq-len."
             )
         self.layers = LayerErrors(self.graph.layers)
+        #: Check that failed -> how to run the same again.
+        self.routes: dict[str, Route] = {}
         self._runner: ExportedRunner | None = None
-        self._instrumented = False
+        self._kind = ""
+        self._graph = self.graph
 
     @cached_property
     def max_length(self) -> int:
@@ -73,6 +89,12 @@ class Context:
         return tokens
 
     @cached_property
+    def far(self) -> tuple[Ids, list[NDArray[np.float32]]]:
+        """Tokens (6,) and the long cache before them, see far_probe."""
+        length = far_length(self.graph, self.config, self.max_length)
+        return np.resize(self.probe, sum(SIZES)), long_cache(self.graph, self.torch.cache_of(self.probe), length)
+
+    @cached_property
     def probe_reference(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """Reference logits and block outputs of the probe."""
         return self.torch.hidden(self.probe)
@@ -92,10 +114,11 @@ class Context:
         if self.graph.dtype != "float32" or self.options.tolerance is not None:
             return False
         usual, moved = self.gate.tolerance, rounding_gate(self._dtype_cost("float64"))
-        if moved.tolerance <= usual:
+        if moved.tolerance <= usual and moved.far <= usual:
             return False
         self.gate = moved
         self.layers = LayerErrors(self.graph.layers)
+        self.routes.clear()
         return True
 
     def comparison(self) -> LogitsComparison:
@@ -104,11 +127,32 @@ class Context:
 
     def instrumented(self) -> ExportedRunner:
         """The exported graph with logits at all positions and every block's output visible."""
-        return self._open(instrumented=True)
+        return self._open("instrumented")
 
     def plain(self) -> ExportedRunner:
         """The exported graph as it is."""
-        return self._open(instrumented=False)
+        return self._open("plain")
+
+    def observed(self, values: Sequence[str]) -> ExportedRunner:
+        """The exported graph with logits at all positions and its inner ``values`` visible; a session of its own."""
+        self.close()
+        self._runner = ExportedRunner(self._graph, self.options.threads, all_positions=True, values=values)
+        self._kind = "observed"
+        return self._runner
+
+    @contextmanager
+    def emulating(self, wanted: bool) -> Iterator[None]:
+        """Sessions opened inside round every value as typed, where ``wanted``."""
+        if not wanted:
+            yield
+            return
+        self.close()
+        self._graph = dataclasses.replace(self.graph, emulated=True)
+        try:
+            yield
+        finally:
+            self.close()
+            self._graph = self.graph
 
     def close(self) -> None:
         """Release the ONNX session."""
@@ -119,21 +163,23 @@ class Context:
         self.close()
         del self.torch
 
-    def _open(self, *, instrumented: bool) -> ExportedRunner:
-        if self._runner is None or self._instrumented != instrumented:
+    def _open(self, kind: str) -> ExportedRunner:
+        if self._runner is None or self._kind != kind:
             self.close()
-            self._runner = ExportedRunner(
-                self.graph, self.options.threads, all_positions=instrumented, layers=instrumented
-            )
-            self._instrumented = instrumented
+            visible = kind == "instrumented"
+            self._runner = ExportedRunner(self._graph, self.options.threads, all_positions=visible, layers=visible)
+            self._kind = kind
         return self._runner
 
     def _dtype_cost(self, dtype: str) -> DtypeCost:
         """PyTorch at ``dtype`` beside PyTorch float32 on a few windows."""
         with self.progress.task(f"running PyTorch at {dtype}"):
-            model = TorchModel(self.reference, dtype=dtype, threads=self.options.threads, layers=self.graph.layers)
+            model = TorchModel(self.source, dtype=dtype, threads=self.options.threads, layers=self.graph.layers)
             comparison = LogitsComparison(0.0)
             errors = LayerErrors(self.graph.layers)
+            tokens, past = self.far
+            with self.torch.behind(past), model.behind(past):
+                far = relative_l2(model.logits(tokens), self.torch.logits(tokens))
             for window in self.sequences.windows:
                 tokens = window[: _COST_POSITIONS - comparison.positions]
                 if not len(tokens):
@@ -151,4 +197,5 @@ class Context:
             comparison.flips_at(allowed(comparison.rel_l2)),
             comparison.nonfinite,
             errors.values(),
+            far,
         )

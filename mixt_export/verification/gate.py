@@ -28,18 +28,29 @@ class DtypeCost:
     flips: int
     nonfinite: int
     layers: list[float] = field(default_factory=list)
+    far: float = 0.0
+    """The relative L2 of logits at far positions, behind a long cache."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """``tolerance``: relative L2 of logits. ``layers``: the same for each block's output, to name who diverges."""
+    """``tolerance``: relative L2 of logits; ``far``: the same at far positions, if more.
+
+    ``layers``: the same for each block's output, to name who diverges.
+    """
 
     tolerance: float
     layers: list[float]
+    far: float = 0.0
     cosine: float = 0.0
     flip_rate: float = 0.0
     origin: str = ""
     cost: DtypeCost | None = None
+
+    @property
+    def floor(self) -> float:
+        """Share of its threshold that rounding alone may take: nearly half of a measured one, a tenth of the usual."""
+        return 0.1 if self.cost is None else 0.4
 
     def judge(self, comparison: LogitsComparison) -> str:
         """Why ``comparison`` fails, or an empty string when it passes."""
@@ -68,14 +79,14 @@ def rounding_gate(cost: DtypeCost) -> Gate:
     keeps the usual bar.
     """
     factor = 1 + DTYPE_FACTOR
-    bar, *layers = (
+    bar, far, *layers = (
         max(FLOAT32_TOLERANCE, factor * error) if math.isfinite(error) else FLOAT32_TOLERANCE
-        for error in (cost.rel_l2, *cost.layers)
+        for error in (cost.rel_l2, cost.far, *cost.layers)
     )
     origin = (
         f"{factor:g} x what rounding to float32 costs PyTorch against float64" if bar > FLOAT32_TOLERANCE else "float32"
     )
-    return Gate(bar, layers, origin=origin, cost=cost)
+    return Gate(bar, layers, far, origin=origin, cost=cost)
 
 
 def dtype_gate(cost: DtypeCost, tolerance: float | None) -> Gate:
@@ -89,6 +100,7 @@ def dtype_gate(cost: DtypeCost, tolerance: float | None) -> Gate:
     return Gate(
         bar,
         layers,
+        0.0 if tolerance or not math.isfinite(cost.far) else allowed(cost.far),
         cosine=LOW_PRECISION_COSINE,
         flip_rate=cost.flips / max(cost.positions, 1),
         origin="--tolerance" if tolerance else origin,

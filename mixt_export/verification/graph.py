@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from mixt_export.errors import UsageError
 
@@ -39,6 +43,8 @@ class ExportedGraph:
     head_dim: int
     dtype: str
     dialect: str
+    emulated: bool = False
+    """Round as typed whatever the target is."""
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +56,8 @@ class ExportedGraph:
     @property
     def rounds(self) -> bool:
         """Whether to round every 16-bit value as typed: always at bfloat16; at float16 for engines that do so."""
-        return self.dtype == "bfloat16" or (self.dtype == "float16" and self.dialect.startswith("trt"))
+        typed = self.emulated or self.dialect.startswith("trt")
+        return self.dtype == "bfloat16" or (self.dtype == "float16" and typed)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -145,11 +152,12 @@ def check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
             raise UsageError(f"{path}: weight {tensor.name!r} is in {location!r}, which is missing; export again.")
 
 
-def instrument(graph: ExportedGraph, *, layers: bool = True) -> onnx.ModelProto:
+def instrument(graph: ExportedGraph, *, layers: bool = True, values: Sequence[str] | None = None) -> onnx.ModelProto:
     """The same nodes with the last-position node bypassed: ``logits`` becomes (batch, seq, vocab).
 
-    With ``layers`` the residual stream after every block, (batch, seq, hidden), becomes an output too. Nothing else
-    changes, so what the instrumented graph computes is what the exported one computes before it picks a position.
+    With ``layers`` the residual stream after every block, (batch, seq, hidden), becomes an output too; ``values`` names
+    other inner values instead. Nothing else changes, so what the instrumented graph computes is what the exported one
+    computes before it picks a position.
     Raises UsageError when the graph does not use the names of docs/architecture.md.
     """
     proto = onnx.ModelProto()
@@ -164,15 +172,65 @@ def instrument(graph: ExportedGraph, *, layers: bool = True) -> onnx.ModelProto:
         for index, name in enumerate(node.input):
             if name == picked:
                 node.input[index] = everything
-    del proto.graph.value_info[:]  # their shapes hold for one position only
+    for value in proto.graph.value_info:  # their shapes hold for one position only, their types for all
+        value.type.tensor_type.ClearField("shape")
     logits = next(value for value in proto.graph.output if value.name == LOGITS)
     element = logits.type.tensor_type.elem_type
     vocabulary = logits.type.tensor_type.shape.dim[-1].dim_value
     logits.CopyFrom(onnx.helper.make_tensor_value_info(LOGITS, element, ["batch", "seq", vocabulary or "vocab"]))
-    if layers:
-        # The type is left to the runtime's own inference: the residual stream may be wider than the weights.
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in layer_outputs(graph))
+    if values is None:
+        values = layer_outputs(graph) if layers else []
+    _show(proto, values)
     return proto
+
+
+def _show(proto: onnx.ModelProto, values: Sequence[str]) -> None:
+    """Make inner ``values`` outputs, of the type that the graph states.
+
+    Where it states none it is left to inference: the residual stream may be wider than the weights.
+    """
+    inner = {value.name: value for value in proto.graph.value_info}
+    proto.graph.output.extend([inner.pop(name, None) or onnx.ValueInfoProto(name=name) for name in values])
+    rest = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in inner.values()]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(rest)
+
+
+def feeding(proto: onnx.ModelProto, value: str) -> onnx.ModelProto:
+    """The part of the graph that computes ``value``, with it as the only output; unused inputs are left out."""
+    part = onnx.ModelProto()
+    part.CopyFrom(proto)
+    needed, kept = {value}, []
+    for node in reversed(proto.graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    inputs = [entry for entry in proto.graph.input if entry.name in needed]
+    constants = [entry for entry in proto.graph.initializer if entry.name in needed]
+    del part.graph.node[:], part.graph.input[:], part.graph.output[:], part.graph.initializer[:]
+    part.graph.node.extend(reversed(kept))
+    part.graph.input.extend(inputs)
+    part.graph.initializer.extend(constants)
+    _show(part, [value])
+    return part
+
+
+def read_constant(folder: Path, tensor: onnx.TensorProto) -> NDArray[Any]:
+    """The value of an initializer, from ``folder``'s weight files where it lies there.
+
+    Raises UsageError when its bytes are not all there.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place:
+        return onnx.numpy_helper.to_array(tensor)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count = math.prod(tensor.dims)
+    with (folder / place["location"]).open("rb") as file:
+        file.seek(int(place.get("offset", "0")))
+        content = file.read(count * dtype.itemsize)
+    if len(content) != count * dtype.itemsize:
+        raise UsageError(f"{folder / place['location']}: ends within weight {tensor.name!r}; export again.")
+    return np.frombuffer(content, dtype).reshape(list(tensor.dims))
 
 
 def layer_outputs(graph: ExportedGraph) -> list[str]:

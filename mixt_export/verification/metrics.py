@@ -13,7 +13,8 @@ Array = NDArray[np.float32]
 
 def relative_l2(actual: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
     """‖actual − expected‖₂ / ‖expected‖₂ over all elements, in float64. NaN or Inf in either gives inf."""
-    difference = actual.astype(np.float64) - expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN bits of any kind
+        difference = actual.astype(np.float64) - expected.astype(np.float64)
     error = math.sqrt(float(np.vdot(difference, difference)))
     scale = math.sqrt(float(np.vdot(expected.astype(np.float64), expected.astype(np.float64))))
     ratio = error / scale if scale else (0.0 if error == 0.0 else math.inf)
@@ -26,7 +27,8 @@ def token_relative_l2(actual: NDArray[np.floating], expected: NDArray[np.floatin
     One token of huge norm (attention sinks have norms hundreds of times the others') would hide the rest in a plain
     relative L2; here every token weighs the same.
     """
-    difference = np.linalg.norm(actual.astype(np.float64) - expected.astype(np.float64), axis=-1)
+    with np.errstate(invalid="ignore"):
+        difference = np.linalg.norm(actual.astype(np.float64) - expected.astype(np.float64), axis=-1)
     scale = np.linalg.norm(expected.astype(np.float64), axis=-1)
     ratios = np.divide(difference, scale, out=np.where(difference == 0.0, 0.0, np.inf), where=scale > 0.0)
     mean = math.sqrt(float(np.mean(ratios**2)))

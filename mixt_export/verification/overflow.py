@@ -44,7 +44,7 @@ def scan(
     ``decoder`` may be the first blocks of the model. Raises MissingDependencyError without torch and transformers.
     """
     with progress.task("loading the PyTorch reference"):
-        model = TorchModel(checkpoint.path, threads=threads, layers=len(decoder.blocks))
+        model = TorchModel(checkpoint, threads=threads, layers=len(decoder.blocks))
     options = VerifyOptions(positions=max(min(_POSITIONS, max_length), 2))
     made = make_sequences(open_tokenizer(checkpoint.path), model.vocab_size, max_length, options)
     watch = _Watch(model, decoder, checkpoint)

@@ -61,6 +61,12 @@ class Report:
         """The first failed check's finding, or an empty string."""
         return next((check.where for check in self.checks if not check.passed and check.where), "")
 
+    @property
+    def fault(self) -> str:
+        """The first failed check's finding with the part it could name: ``model.layers.7: mlp.up_proj``."""
+        found = next((check for check in self.checks if not check.passed and check.where), None)
+        return "" if found is None else f"{found.where}: {found.part}" if found.part else found.where
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite become null."""
         body = {
@@ -77,7 +83,7 @@ class Report:
         if self.passed:
             return "PASSED"
         failed = next(check for check in self.checks if not check.passed)
-        where = self.first_diverging_layer
+        where = self.fault
         return (
             f"FAILED (first diverging layer {where})" if where else f"FAILED ({failed.title.lower()}: {failed.reason})"
         )

@@ -9,7 +9,7 @@ Metric = float | int | str | None
 
 @dataclass(frozen=True)
 class CheckResult:
-    """``reason`` is empty when passed. ``where`` names the first diverging layer if the check could tell."""
+    """``reason`` is empty when passed. ``where`` names the first diverging layer, ``part`` what in it, where known."""
 
     name: str
     title: str
@@ -18,3 +18,4 @@ class CheckResult:
     where: str = ""
     metrics: dict[str, Metric] = field(default_factory=dict)
     seconds: float = 0.0
+    part: str = ""

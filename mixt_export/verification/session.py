@@ -39,6 +39,8 @@ def session_options(graph: ExportedGraph, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = _QUIET
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Standard graphs of quantised weights say that products are of floats: fused products must not round activations.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     folder = str(graph.folder.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return options
@@ -71,7 +73,7 @@ def start_session(graph: ExportedGraph, proto: onnx.ModelProto, threads: int, op
 
 @dataclass
 class Step:
-    """What one run gave: logits (batch, positions, vocab) float32, the residual streams, the cache to go on from."""
+    """What one run gave: logits (batch, positions, vocab) float32, inner values asked for, the cache to go on from."""
 
     logits: NDArray[np.float32]
     layers: list[NDArray[Any]]
@@ -79,23 +81,33 @@ class Step:
 
 
 class ExportedRunner:
-    """One session of an exported graph, plain or instrumented (see graph.instrument)."""
+    """One session of an exported graph, plain or instrumented (see graph.instrument).
+
+    ``layers``, ``values``: which inner values of the instrumented graph each Step holds, block outputs first.
+    """
 
     def __init__(
-        self, graph: ExportedGraph, threads: int = 0, *, all_positions: bool = False, layers: bool = False
+        self,
+        graph: ExportedGraph,
+        threads: int = 0,
+        *,
+        all_positions: bool = False,
+        layers: bool = False,
+        values: Sequence[str] = (),
     ) -> None:
         self.graph = graph
-        proto = instrument(graph, layers=layers) if all_positions else graph.proto
-        self._layers = layer_outputs(graph) if layers else []
+        self._layers = [*(layer_outputs(graph) if layers else []), *values]
+        proto = instrument(graph, values=self._layers) if all_positions else graph.proto
         self._past = [f"past_key_values.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
         self._present = [f"present.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
         self.session = start_session(graph, proto, threads)
-        self._element = np.float16 if graph.dtype == "float16" and not graph.rounds else np.float32
+        #: Type of the cache as it is fed.
+        self.element = np.float16 if graph.dtype == "float16" and not graph.rounds else np.float32
 
     def empty_cache(self, batch: int, length: int = 0) -> list[NDArray[Any]]:
         """Zeros (batch, kv_heads, length, head_dim) for every key and value."""
         shape = (batch, self.graph.kv_heads, length, self.graph.head_dim)
-        return [np.zeros(shape, self._element) for _ in self._past]
+        return [np.zeros(shape, self.element) for _ in self._past]
 
     def run(self, ids: Ids, mask: Ids, cache: list[NDArray[Any]] | None = None, *, want_cache: bool = False) -> Step:
         """One run: ``ids`` (batch, seq), ``mask`` (batch, past + seq)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mixt_export.checkpoints import companion
 from mixt_export.errors import UsageError
 from mixt_export.resources import texts
 from mixt_export.tokenizer import load_tokenizer
@@ -62,8 +63,8 @@ def open_tokenizer(*folders: Path) -> Any:
 
     Raises CheckpointError when it cannot be read.
     """
-    found = (folder / "tokenizer.json" for folder in folders)
-    return next((load_tokenizer(path) for path in found if path.is_file()), None)
+    found = (companion(folder, "tokenizer.json") for folder in folders)
+    return next((load_tokenizer(path) for path in found if path is not None), None)
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> Ids:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import math
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UnsupportedError
 from mixt_export.progress import SILENT, Progress
+from mixt_export.verification.assembling import assemble
 from mixt_export.verification.options import VerifyOptions
-from mixt_export.verification.report import LayerError, Report
+from mixt_export.verification.report import Report
 from mixt_export.verification.result import CheckResult
 
 if TYPE_CHECKING:
     from mixt_export.verification.checks import Check
     from mixt_export.verification.context import Context
     from mixt_export.verification.memory.measure import MemoryReport
-
-_PACKAGES = ("onnxruntime", "onnx", "torch", "transformers", "numpy")
 
 
 def verify(
@@ -34,7 +30,6 @@ def verify(
     ``exported`` unless ``options.write`` is off. Raises UsageError or UnsupportedError when one of the folders cannot
     be run at all, MissingDependencyError without torch and transformers.
     """
-    from mixt_export import __version__
     from mixt_export.verification.checks import CHECKS
     from mixt_export.verification.context import Context
 
@@ -49,36 +44,11 @@ def verify(
     results = _run_all(wanted, context, progress)
     if not all(result.passed for result in results) and context.judge_by_rounding():
         results = _run_all(wanted, context, progress)
+    results = _located(results, context, progress)
     gate = context.gate
     context.release()
     memory, notes = _memory(context, progress)
-    errors = context.layers.values()
-    costs = gate.cost.layers if gate.cost else [None] * len(errors)
-    report = Report(
-        tool_version=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        exported=str(exported),
-        reference=str(reference),
-        dialect=context.graph.dialect,
-        dtype=context.graph.dtype,
-        tolerance=gate.tolerance,
-        tolerance_origin=gate.origin,
-        minimum_tolerance=_minimum_tolerance(results),
-        checks=results,
-        layers=[
-            LayerError(f"model.layers.{index}", error, threshold, cost)
-            for index, (error, threshold, cost) in enumerate(zip(errors, gate.layers, costs, strict=True))
-        ],
-        dtype_cost=gate.cost,
-        memory=memory,
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-        options={item.name: getattr(options, item.name) for item in dataclasses.fields(options)},
-        notes=notes,
-        seconds=time.monotonic() - started,
-    )
-    if options.write:
-        report.write(Path(exported))
-    return report
+    return assemble(context, gate, results, "model.layers.{}", started, memory=memory, notes=notes)
 
 
 def _run_all(checks: list[Check], context: Context, progress: Progress) -> list[CheckResult]:
@@ -102,6 +72,23 @@ def _run(check: Check, context: Context) -> CheckResult:
     return dataclasses.replace(result, seconds=time.monotonic() - started)
 
 
+def _located(results: list[CheckResult], context: Context, progress: Progress) -> list[CheckResult]:
+    """The same results; the first that failed on a known route says where the fault is, and so do all of its kind."""
+    from mixt_export.verification.locate import locate
+
+    found = []
+    with progress.task("looking for the fault", sum(not result.passed for result in results)) as advance:
+        for result in results:
+            route = context.routes.get(result.name)
+            if result.passed or route is None:
+                found.append(result)
+                continue
+            finding = locate(context, route)
+            found.append(dataclasses.replace(result, where=finding.where, part=finding.part))
+            advance(1)
+    return found
+
+
 def _memory(context: Context, progress: Progress) -> tuple[MemoryReport | None, list[str]]:
     """The memory report; a graph that prediction cannot follow costs the report, not the verification."""
     from mixt_export.verification.memory.measure import memory_report
@@ -119,11 +106,3 @@ def _memory(context: Context, progress: Progress) -> tuple[MemoryReport | None, 
     except UnsupportedError as error:
         return None, [f"memory was not predicted: {error}"]
     return report, report.notes
-
-
-def _minimum_tolerance(results: list[CheckResult]) -> float | None:
-    """The largest tolerance that any check needed; None when one had NaN, Inf or could not run."""
-    needed = [result.metrics.get("needed_tolerance") for result in results if "tolerance" in result.metrics]
-    numbers = [float(value) for value in needed if isinstance(value, int | float)]
-    crashed = any(not result.metrics for result in results)
-    return max(numbers) if numbers and not crashed and all(map(math.isfinite, numbers)) else None

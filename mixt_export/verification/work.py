@@ -72,6 +72,7 @@ def _einsum(node: onnx.NodeProto, inputs: Sequence[Tensor], _result: tuple[int, 
 _RULES: Mapping[str, Callable[[onnx.NodeProto, Sequence[Tensor], tuple[int, ...]], int]] = {
     "MatMul": _product,
     "FusedMatMul": _product,
+    "MatMulNBits": _product,
     "Gemm": _product,
     "Einsum": _einsum,
 }

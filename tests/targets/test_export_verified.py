@@ -62,7 +62,7 @@ def test_a_broken_lowering_exits_with_3(
         mixt_export()
     said = capsys.readouterr()
     assert exit_of.value.code == 3
-    assert "FAILED (first diverging layer model.layers.0)" in said.out
+    assert "FAILED (first diverging layer embeddings: rotary table)" in said.out
     assert said.err.startswith("error: ") and "does not compute what PyTorch computes" in said.err
     assert (tmp_path / "out" / "model.onnx").is_file()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["passed"] is False

@@ -36,7 +36,8 @@ def test_a_correct_export_passes_every_check(model: Path, exported: Path, quick:
     assert report.passed, [check for check in report.checks if not check.passed]
     assert report.verdict() == "PASSED"
     assert {check.name for check in report.checks} == {
-        "teacher_forced", "batch_prefill", "batch_decode", "chunked_prefill", "decode", "greedy", "redensified",
+        "declared", "teacher_forced", "batch_prefill", "batch_decode", "chunked_prefill", "decode", "far", "greedy",
+        "redensified",
     }  # fmt: skip
     assert report.minimum_tolerance is not None
     assert 0.0 < report.minimum_tolerance < 1e-5

@@ -116,6 +116,8 @@ def test_what_cannot_be_inferred_is_named() -> None:
         predict_memory(unknown)
     with pytest.raises(UnsupportedError, match="'tokens'"):
         predict_memory(graph([node("Relu", "x", "y")], {"x": ["tokens"]}, ["y"]))
+    with pytest.raises(UnsupportedError, match="contradicts the graph around it"):
+        predict_memory(graph([node("Relu", "absent", "y")], {"x": ["batch"]}, ["y"]))
 
 
 def test_a_whole_decoder(exported: Path) -> None:

@@ -1,4 +1,4 @@
-"""The checks, one file each, in the order in which they run: instrumented session first, then the plain one."""
+"""The checks, one file each, in the order in which they run: what is read, the instrumented session, the plain one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from mixt_export.verification.checks import (
     batch_decode,
     batch_prefill,
     chunked_prefill,
+    declared,
     decode,
+    far,
+    files,
     greedy,
+    int8_activations,
+    quantised_weights,
     redensified,
+    rounded,
     shared_cache,
+    tables,
     teacher_forced,
 )
 from mixt_export.verification.context import Context
@@ -32,13 +39,20 @@ class Check:
 CHECKS = tuple(
     Check(module.NAME, module.TITLE, module.run, getattr(module, "applies", lambda _context: True))
     for module in (
+        files,
+        declared,
+        tables,
         teacher_forced,
         batch_prefill,
         batch_decode,
         chunked_prefill,
         decode,
         shared_cache,
+        far,
         greedy,
+        rounded,
+        quantised_weights,
+        int8_activations,
         redensified,
     )
 )

@@ -7,7 +7,8 @@ import numpy as np
 from mixt_export.verification.checks.compare import logits_result
 from mixt_export.verification.checks.ragged import DECODED, ragged_batch
 from mixt_export.verification.context import Context
-from mixt_export.verification.result import CheckResult
+from mixt_export.verification.result import CheckResult, Metric
+from mixt_export.verification.routes import Ragged
 
 NAME = "batch_decode"
 TITLE = "Ragged batch, decode"
@@ -29,4 +30,5 @@ def run(context: Context) -> CheckResult:
     for row, tokens in enumerate(sequences):
         expected = context.torch.logits(np.concatenate([tokens, more[row]]))
         comparison.add(actual[row], expected[len(tokens) - 1 :])
-    return logits_result(context, NAME, TITLE, comparison, detail={"batch": len(sequences), "decoded": DECODED})
+    detail: dict[str, Metric] = {"batch": len(sequences), "decoded": DECODED}
+    return logits_result(context, NAME, TITLE, comparison, route=Ragged(sequences, more), detail=detail)

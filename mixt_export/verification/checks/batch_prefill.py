@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mixt_export.verification.checks.compare import layer_name, logits_result
+import numpy as np
+
+from mixt_export.verification.checks.compare import logits_result
 from mixt_export.verification.checks.ragged import ragged_batch
 from mixt_export.verification.context import Context
-from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.result import CheckResult
+from mixt_export.verification.routes import Ragged
 
 NAME = "batch_prefill"
 TITLE = "Ragged batch, prefill"
@@ -18,11 +20,8 @@ def run(context: Context) -> CheckResult:
     sequences = ragged_batch(context)
     ids, mask = runner.padded(sequences)
     step = runner.run(ids, mask)
-    errors = LayerErrors(context.graph.layers)
     for row, tokens in enumerate(sequences):
         where = runner.valid(len(tokens), ids.shape[1])
-        expected, layers = context.torch.hidden(tokens)
-        comparison.add(step.logits[row, where], expected)
-        errors.add([layer[row, where] for layer in step.layers], layers)
-    culprit = layer_name(errors.first_beyond(context.gate.layers))
-    return logits_result(context, NAME, TITLE, comparison, where=culprit, detail={"batch": len(sequences)})
+        comparison.add(step.logits[row, where], context.torch.logits(tokens))
+    route = Ragged(sequences, np.zeros((len(sequences), 0), np.int64))
+    return logits_result(context, NAME, TITLE, comparison, route=route, detail={"batch": len(sequences)})

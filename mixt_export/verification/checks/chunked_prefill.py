@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixt_export.verification.checks.compare import cached_culprit, logits_result
+from mixt_export.verification.checks.compare import logits_result
 from mixt_export.verification.context import Context
 from mixt_export.verification.result import CheckResult
+from mixt_export.verification.routes import Pieces
 
 NAME = "chunked_prefill"
 TITLE = "Chunked prefill"
@@ -32,7 +33,6 @@ def run(context: Context) -> CheckResult:
     comparison, runner = context.comparison(), context.plain()
     expected = context.probe_reference[0]
     ways = splits(len(context.probe), context.options.seed)
-    culprit = ""
     with context.progress.task(TITLE, len(ways)) as advance:
         worst: list[int] = []
         for sizes in ways:
@@ -42,6 +42,5 @@ def run(context: Context) -> CheckResult:
             if not failed_before and context.gate.judge(comparison):
                 worst = sizes
             advance(1)
-    if worst:
-        culprit = cached_culprit(context, worst)
-    return logits_result(context, NAME, TITLE, comparison, where=culprit, detail={"splits": len(ways)})
+    route = Pieces(context.probe, worst or ways[0])
+    return logits_result(context, NAME, TITLE, comparison, route=route, detail={"splits": len(ways)})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mixt_export.verification.checks.compare import cached_culprit, logits_result
+from mixt_export.verification.checks.compare import logits_result
 from mixt_export.verification.context import Context
 from mixt_export.verification.result import CheckResult
+from mixt_export.verification.routes import Pieces
 
 NAME = "decode"
 TITLE = "Token-by-token decode"
@@ -23,5 +24,4 @@ def run(context: Context) -> CheckResult:
     comparison, sizes = context.comparison(), decode_sizes(len(context.probe))
     actual = np.stack(context.plain().chunks(context.probe, sizes))
     comparison.add(actual, context.probe_reference[0][np.cumsum(sizes) - 1])
-    culprit = cached_culprit(context, sizes) if context.gate.judge(comparison) else ""
-    return logits_result(context, NAME, TITLE, comparison, where=culprit)
+    return logits_result(context, NAME, TITLE, comparison, route=Pieces(context.probe, sizes))

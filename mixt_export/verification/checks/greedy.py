@@ -7,6 +7,7 @@ import numpy as np
 from mixt_export.verification.context import Context
 from mixt_export.verification.metrics import tie_tolerances
 from mixt_export.verification.result import CheckResult
+from mixt_export.verification.routes import Pieces
 
 NAME = "greedy"
 TITLE = "Greedy continuations"
@@ -31,6 +32,10 @@ def run(context: Context) -> CheckResult:
             identical += int(not len(turns))
             ties += int((turns <= tolerance).sum())
             flips += int((turns > tolerance).sum())
+            if flips and NAME not in context.routes:
+                context.routes[NAME] = Pieces(
+                    np.concatenate([prompt, produced[:-1]]), [len(prompt), *[1] * (count - 1)]
+                )
             needed = max(needed, float(turns.max(initial=0.0)))
             advance(1)
     allowed = int(np.ceil(context.gate.flip_rate * total))

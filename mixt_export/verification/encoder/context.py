@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints import open_checkpoint
 from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.progress import Progress
@@ -46,7 +47,7 @@ class EncoderContext:
             raise UsageError(f"{reference}: is not a folder; give the model folder that was exported with --reference.")
         self.graph = open_encoder_graph(exported)
         self.manifest = load_optional(exported / "mixt_manifest.json")
-        self.config = load_optional(reference / "config.json")
+        self.config = dict(open_checkpoint(reference).config)
         self.layers = LayerErrors(self.graph.layers)
         self._session: Any = None
         with progress.task("loading the PyTorch reference"):

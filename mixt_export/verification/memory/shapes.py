@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mixt_export.errors import UnsupportedError
+from mixt_export.errors import MixtError, UnsupportedError
 
 _SMALL = 4096
 _MAX_ELEMENTS = 1 << 48
@@ -73,7 +73,15 @@ def infer_shapes(proto: onnx.ModelProto, sizes: Mapping[str, int]) -> Shapes:
         if value.name not in shapes.tensors:
             shapes.tensors[value.name] = _input(value, sizes)
     for node in model.graph.node:
-        _interpret(node, shapes, opsets, list(model.opset_import))
+        try:
+            _interpret(node, shapes, opsets, list(model.opset_import))
+        except MixtError:
+            raise
+        except Exception as error:  # rules index and compute with what the graph says, which may be anything
+            raise UnsupportedError(
+                f"node {node.name or node.op_type!r} ({node.op_type}): contradicts the graph around it "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); export the model again."
+            ) from error
     return shapes
 
 
@@ -290,9 +298,17 @@ def _nbits(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[Tensor]:
     return [Tensor(left.element, (*left.shape[:-1], attribute(node, "N", 0)))]
 
 
+def _rows_of_blocks(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[Tensor]:
+    """Rows (vocab, features packed) picked by indices of any shape, in the type of their scales."""
+    data, index, scales = (_known(tensor, node) for tensor in inputs[:3])
+    packed = 8 // attribute(node, "bits", 4)
+    return [Tensor(scales.element, (*index.shape, data.shape[-1] * packed))]
+
+
 CONTRIB: dict[str, Rule] = {
     "GroupQueryAttention": _grouped_attention,
     "FusedMatMul": _fused_matmul,
+    "GatherBlockQuantized": _rows_of_blocks,
     "MatMulNBits": _nbits,
     "RotaryEmbedding": _like_first,
     "QuickGelu": _like_first,

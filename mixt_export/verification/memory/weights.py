@@ -12,6 +12,9 @@ import onnx
 
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 
+#: Two values in a byte; numpy's types of them take one each.
+_HALF_BYTES = frozenset({onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -55,6 +58,8 @@ def _inner(graph: onnx.GraphProto) -> Iterable[onnx.TensorProto]:
 
 def tensor_nbytes(element: int, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of ONNX element type ``element``."""
+    if element in _HALF_BYTES:
+        return -(-math.prod(shape) // 2)
     return math.prod(shape) * onnx.helper.tensor_dtype_to_np_dtype(element).itemsize
 
 
@@ -100,13 +105,13 @@ def merged_elements(
     ``layers`` on are left out.
     """
     from mixt_export.checkpoints import open_checkpoint
-    from mixt_export.plan import Choice, forms_of, planned_elements, stored_elements
+    from mixt_export.plan import Choice, named_forms, planned_elements, stored_elements
     from mixt_export.plan.sharing import shared_again
 
     kept = {name: linear for name, linear in open_checkpoint(folder).factors.items() if _kept(f"{name}.", layers)}
     choices = []
     for name, linear in shared_again(kept, reads or {}, cores or {}).items():
-        every = forms_of(linear)
+        every = named_forms(linear)
         form = next((form for form in every if form.name == forms.get(name)), every[0])
         choices.append(Choice(linear, form))
         choices += [Choice(linear, form) for form in every if many and form.name == many.get(name)]
