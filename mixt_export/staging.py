@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,28 +12,91 @@ from pathlib import Path
 
 from mixt_export.errors import ResourceError, UsageError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # not POSIX: nothing says whether a leftover is still being written, so none is touched
+    fcntl = None  # type: ignore[assignment]
+
 #: A folder holding one of these was made by this tool and may be replaced on request.
-MARKERS = ("mixt_manifest.json", "mixt_factors.json", "mixt_sample.json")
+MARKERS = ("mixt_manifest.json", "mixt_factors.json", "mixt_sample.json", "mixt_convert.json")
 
 
 @contextmanager
 def staged_folder(output: Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside ``output`` that becomes ``output`` when the block succeeds.
 
-    On any exception, KeyboardInterrupt included, the temporary folder is removed and ``output`` is as it was.
+    On any exception, KeyboardInterrupt included, the temporary folder is removed and ``output`` is as it was. What a
+    killed process left beside ``output`` is cleared away first (see clear_leftovers).
     Raises UsageError when ``output`` holds something and ``overwrite`` is off, when it was not made by this tool,
     or when it contains one of ``inputs``.
     """
     output = output.absolute()
+    clear_leftovers(output)
     check_output(output, overwrite=overwrite, inputs=inputs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
-    try:
+    with beside(output, "tmp") as staging:
         staging.chmod(0o755)
         yield staging
         _replace(staging, output)
+
+
+def clear_leftovers(output: Path) -> None:
+    """Remove what killed processes left beside ``output``; put an earlier output back that one of them had set aside.
+
+    Whoever writes such a folder holds a lock on it, which ends with the process; a folder that is locked stays.
+    """
+    if fcntl is None or not output.parent.is_dir():
+        return
+    ours = re.compile(rf"\.{re.escape(output.name)}\.(tmp|old|scratch)-[a-z0-9_]{{8}}")
+    for folder in sorted(output.parent.iterdir()):
+        found = ours.fullmatch(folder.name)
+        if found is None or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _lock(folder, wait=False)
+        if lock is None:
+            continue
+        try:
+            if found[1] == "old" and (folder / output.name).is_dir() and not output.exists():
+                (folder / output.name).rename(output)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def beside(output: Path, kind: str) -> Iterator[Path]:
+    """A new locked folder ``.OUT.KIND-…`` beside ``output``, removed afterwards with what is still in it.
+
+    ``kind``: tmp (becomes the output), old (holds the one before), scratch (intermediate results).
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.{kind}-", dir=output.parent))
+        lock = _lock(folder, wait=True) if fcntl is not None else None
+        # Between the two calls another process may have taken the folder for a leftover and removed it.
+        if folder.is_dir() and (lock is None or folder.stat().st_ino == os.fstat(lock).st_ino):
+            break
+        if lock is not None:
+            os.close(lock)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds the lock of ``folder`` until it is closed or the process ends; None if it has it not."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # it is gone by now, or belongs to somebody else
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def check_output(output: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
@@ -61,16 +125,14 @@ def _replace(staging: Path, output: Path) -> None:
     if not output.exists():
         staging.rename(output)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-    old = aside / output.name
-    output.rename(old)
-    try:
-        staging.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with beside(output, "old") as aside:
+        old = aside / output.name
+        output.rename(old)
+        try:
+            staging.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -168,7 +168,18 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def _check_own(path: Path) -> None:
+    """Raise FolderError when ``path`` is a link out of its folder, unless into the blobs of a Hugging Face cache."""
+    if not path.is_symlink():
+        return
+    home, target = path.parent.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in target.parents and blobs not in target.parents:
+        raise FolderError(f"{path}: is a link that leads out of the folder; put the file itself there.")
+
+
 def _read_text(path: Path) -> str:
+    _check_own(path)
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise FolderError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no exported folder needs.")
     try:
@@ -420,6 +431,7 @@ class Model:
         path = self.folder / MODEL_FILE
         if not path.is_file():
             raise FolderError(f"{path}: no such file; the folder is incomplete, export the model again.")
+        _check_own(path)
         # Here and not above: sampler, tokenizer and Generation also serve engines that are not ONNX Runtime's.
         import onnxruntime as ort
 

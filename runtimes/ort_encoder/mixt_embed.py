@@ -90,10 +90,21 @@ class Encoder:
         return dict(zip(names, outputs, strict=True))
 
 
+def _check_own(path: Path) -> None:
+    """Raise EncoderError when ``path`` is a link out of its folder, unless into the blobs of a Hugging Face cache."""
+    if not path.is_symlink():
+        return
+    home, target = path.parent.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in target.parents and blobs not in target.parents:
+        raise EncoderError(f"{path}: is a link that leads out of the folder; put the file itself there.")
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "mixt_manifest.json"
     if not path.is_file():
         raise EncoderError(f"{path}: no such file; give the folder that `mixt export` wrote.")
+    _check_own(path)
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise EncoderError(f"{path}: is larger than any manifest; export the model again.")
     try:
@@ -127,6 +138,7 @@ def _session(folder: Path, threads: int | None) -> Any:
     path = folder / "model.onnx"
     if not path.is_file():
         raise EncoderError(f"{path}: no such file; give the folder that `mixt export` wrote.")
+    _check_own(path)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -141,6 +153,7 @@ def _tokenizer(folder: Path, longest: int) -> Any:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise EncoderError(f"{path}: no such file; copy the original model's tokenizer.json there.")
+    _check_own(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every parse error

@@ -221,3 +221,24 @@ def test_machine_facts(rt: ModuleType) -> None:
     block = np.ones(30_000_000)
     assert rt.peak_rss_bytes() >= before
     assert rt.peak_rss_bytes() >= block.nbytes
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "mixt_manifest.json"])
+def test_links_stay_in_the_folder(rt: ModuleType, folder: Path, tmp_path: Path, name: str) -> None:
+    """One that leads out is refused; one within, or from a snapshot of the Hugging Face cache to its blobs, is not."""
+    outside = tmp_path / "elsewhere"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(rt.FolderError, match="leads out of the folder"):
+        rt.Model(folder)
+    (folder / name).unlink()
+    outside.rename(folder / "within")
+    (folder / name).symlink_to("within")
+    rt.Model(folder)
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "blobs").mkdir()
+    snapshot = folder.rename(tmp_path / "snapshots" / "main")
+    (snapshot / "within").rename(tmp_path / "blobs" / "0")
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to("../../blobs/0")
+    rt.Model(snapshot)

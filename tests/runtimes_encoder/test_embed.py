@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,6 @@ def test_long_texts_are_cut_and_long_ids_refused(out: Path) -> None:
 def test_a_broken_folder_is_one_sentence(
     out: Path, tmp_path: Path, file: str, content: str | None, message: str
 ) -> None:
-    import shutil
-
     runtime = load_runtime("ort_encoder")
     shutil.copytree(out, tmp_path / "broken")
     path = tmp_path / "broken" / file
@@ -124,3 +123,17 @@ def test_the_verb(out: Path) -> None:
     assert isinstance(broken.exception, UsageError) and "sentence 2 is not UTF-8" in str(broken.exception)
     piped = CliRunner().invoke(app, [str(out)], input="one\n\ntwo\n")
     assert piped.stdout == done.stdout
+
+
+@pytest.mark.parametrize("name", ["mixt_manifest.json", "model.onnx", "tokenizer.json"])
+def test_links_out_of_the_folder_are_refused(out: Path, tmp_path: Path, name: str) -> None:
+    runtime = load_runtime("ort_encoder")
+    folder = Path(shutil.copytree(out, tmp_path / "folder"))
+    (folder / name).rename(folder / "within")
+    (folder / name).symlink_to("within")
+    runtime.Encoder(folder).embed(["x"])
+    (folder / "within").rename(tmp_path / "elsewhere")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(runtime.EncoderError, match="leads out of the folder"):
+        runtime.Encoder(folder).embed(["x"])

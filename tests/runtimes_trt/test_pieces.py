@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mixt_export.building.toolkit import bundle_folder, toolkit
@@ -82,3 +84,57 @@ def test_the_bundle_is_python_3_10() -> None:
     """JetPack 6 ships Python 3.10."""
     for path in sources():
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_files_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
+    """Links that lead out or in a circle, pipes, names without end; links of the Hugging Face cache are followed."""
+    tools, error = toolkit("manifest"), toolkit("errors").TrtError
+    folder = tmp_path / "snapshots" / "main" / "device"
+    (tmp_path / "blobs").mkdir()
+    folder.mkdir(parents=True)
+    for place in (tmp_path / "outside.json", tmp_path / "blobs" / "0", folder / "within.json"):
+        place.write_text('{"a": 1}')
+    path = folder / "x.json"
+    for target in ("within.json", "../../../blobs/0"):
+        path.symlink_to(target)
+        assert tools.read_json(path) == {"a": 1}
+        path.unlink()
+    digest = toolkit("manifest").digest
+    for target, said in (("../../../outside.json", "leads out of the folder"), ("x.json", "cannot be read|no such")):
+        path.symlink_to(target)
+        for read in (tools.read_json, digest, toolkit("golden")._array):
+            with pytest.raises(error, match=said):
+                read(path)
+        path.unlink()
+    os.mkfifo(path)
+    for read in (tools.read_json, digest, toolkit("golden")._array):
+        with pytest.raises(error, match="is no file"):
+            read(path)
+        with pytest.raises(error, match=r"cannot be read|no such"):
+            read(folder / ("x" * 5000))
+
+
+def test_a_golden_array_is_an_npy_file(tmp_path: Path) -> None:
+    error, path = toolkit("errors").TrtError, tmp_path / "x.npy"
+    np.save(path, np.ones(3, np.float32))
+    assert toolkit("golden")._array(path).tolist() == [1, 1, 1]
+    with path.open("wb") as file:
+        np.savez(file, x=np.ones(3, np.float32))
+    for content in (path.read_bytes(), b"PK\x03\x04", b"\x80\x04.", b""):
+        path.write_bytes(content)
+        with pytest.raises(error, match="cannot be read"):
+            toolkit("golden")._array(path)
+
+
+def test_leftovers_of_killed_builds(tmp_path: Path) -> None:
+    """Folders go; what is no folder, or is locked by a build that runs, stays and is not waited for."""
+    stamp = toolkit("stamp")
+    (tmp_path / ".tmp-left").mkdir()
+    (tmp_path / ".tmp-running").mkdir()
+    os.mkfifo(tmp_path / ".tmp-pipe")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path)
+    lock = stamp._locked(tmp_path / ".tmp-running")
+    assert stamp._locked(tmp_path / ".tmp-gone") is None
+    stamp._clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-link", ".tmp-pipe", ".tmp-running"]
+    os.close(lock)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import TrtError
-from .manifest import Manifest, read_json
+from .manifest import Manifest, check_own, read_json
 
 SCHEMA = 1
 FOLDER = "golden"
@@ -98,9 +98,11 @@ def _tolerance(value: Any) -> float:
 
 def _array(path: Path) -> npt.NDArray[np.float32]:
     """Mapped, not read: what a header claims is compared with what was expected before memory is taken for it."""
+    check_own(path)
     try:
-        array: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Not np.load, which takes a file that begins like a zip or a pickle for one.
+        array: npt.NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy parses the header as Python, and raises whatever its parser does
         raise TrtError(f"{path}: cannot be read ({error}); export the model again.") from None
     if array.dtype != np.float32:
         raise ValueError(f"{path.name} is {array.dtype}, not float32")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import TrtError
-from .manifest import read_json
+from .manifest import check_own, read_json
 
 FOLDER = "kernels"
 INDEX_FILE = "index.json"
@@ -30,6 +30,7 @@ class KernelFile:
 
     def ptx(self) -> str:
         """The text. Raises TrtError when it is not the file that the index describes."""
+        check_own(self.path)
         try:
             data = self.path.read_bytes()
         except OSError as error:

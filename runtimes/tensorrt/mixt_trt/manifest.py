@@ -70,9 +70,27 @@ class Manifest:
         return self.folder / GRAPH_FILE
 
 
+def check_own(path: Path) -> None:
+    """Raise TrtError when ``path`` is a link out of its folder, unless into the blobs of a Hugging Face cache.
+
+    Likewise for what is no file, a pipe for instance, which would be waited for; nothing at all is left to the caller.
+    """
+    try:
+        present, linked = path.exists(), path.is_symlink()
+        home, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise TrtError(f"{path}: cannot be read ({error}); export the model again.") from None
+    if present and not path.is_file():
+        raise TrtError(f"{path}: is no file; export the model again.")
+    roots = {home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")}
+    if linked and roots.isdisjoint(target.parents):
+        raise TrtError(f"{path}: is a link that leads out of the folder; put the file itself there.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. Raises TrtError when it is missing, too large or not one."""
     try:
+        check_own(path)
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise TrtError(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no exported folder needs.")
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -169,6 +187,7 @@ def _each(choose: Callable[[Iterable[int]], int], shapes: list[Shape]) -> Shape:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file. Raises TrtError when it cannot be read."""
+    check_own(path)
     try:
         with path.open("rb") as file:
             state = hashlib.sha256()

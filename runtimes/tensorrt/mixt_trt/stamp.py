@@ -6,11 +6,17 @@ A plan is code for one GPU and one version of the library; a stamp that differs 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not POSIX: nothing says whether a leftover is still being written, so none is touched
+    fcntl = None  # type: ignore[assignment]
 
 from .backends import Backend
 from .builder import BuildSettings, Built
@@ -18,6 +24,7 @@ from .errors import OutOfMemoryError, TrtError
 from .manifest import Manifest, Profile, digest, parse_profile, read_json
 
 SCHEMA = 1
+_NEW = ".tmp-"
 ENGINE_FILE = "model.engine"
 STAMP_FILE = "stamp.json"
 FOLDER = "engine"
@@ -68,7 +75,9 @@ def write_engine(
     if free < size + (16 << 20):
         raise OutOfMemoryError(f"{parent}: the engine needs {size / 1e6:.1f} MB of disk, {free / 1e6:.1f} MB are free.")
     target = parent / folder_name(backend, library, sm, bool(settings.layer_outputs))
-    staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    _clear_leftovers(parent)
+    staging = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
+    lock = _locked(staging)
     try:
         with (staging / ENGINE_FILE).open("wb") as file:
             file.write(built.plan)
@@ -100,7 +109,34 @@ def write_engine(
         staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return target
+
+
+def _clear_leftovers(parent: Path) -> None:
+    """Remove what killed builds left in ``parent``; the lock of a running one is held by its process."""
+    for folder in parent.glob(f"{_NEW}*"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock of ``folder`` until it is closed or the process ends; None if it has it not."""
+    descriptor = None
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody holds it; or another build took the folder for a leftover, or removed one
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def read_stamp(folder: Path) -> Stamp:
