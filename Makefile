@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 KEEP ?= 0.95
 
-.PHONY: demo test lint bench kernels golden clean
+.PHONY: demo test lint bench bench-peers kernels golden clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run
+
+bench-peers: $(VENV)/.installed  ## llama.cpp, ONNX Runtime GenAI and PyTorch on the same model; table and plot in docs/
+	$(BIN)/python -m benchmarks.peers
 
 kernels: $(VENV)/.installed  ## compile every kernel, check it with the assembler, compare with the pinned ones
 	$(BIN)/python -m mixt_export.building.kernels
