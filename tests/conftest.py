@@ -9,6 +9,8 @@ import pytest
 
 # Two tests side by side must not fight over cores; set before numpy or torch start their thread pools.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests neither read nor fill the statistics cache of whoever runs them.
+os.environ["MIXT_STATISTICS"] = "off"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
