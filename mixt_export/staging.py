@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ except ModuleNotFoundError:  # not POSIX: nothing says whether a leftover is sti
 
 #: A folder holding one of these was made by this tool and may be replaced on request.
 MARKERS = ("mixt_manifest.json", "mixt_factors.json", "mixt_sample.json", "mixt_convert.json")
+
+_LETTERS = string.ascii_lowercase + string.digits + "_"
 
 
 @contextmanager
@@ -69,18 +72,27 @@ def beside(output: Path, kind: str) -> Iterator[Path]:
 
     ``kind``: tmp (becomes the output), old (holds the one before), scratch (intermediate results).
     """
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.{kind}-", dir=output.parent))
-        lock = _lock(folder, wait=True) if fcntl is not None else None
-        # Between the two calls another process may have taken the folder for a leftover and removed it.
-        if folder.is_dir() and (lock is None or folder.stat().st_ino == os.fstat(lock).st_ino):
-            break
-        if lock is not None:
-            os.close(lock)
+    folder: Path | None = None
+    lock: int | None = None
     try:
+        while folder is None:
+            # The name is known before the folder is made: an interruption right after that must find it to remove it.
+            folder = output.parent / f".{output.name}.{kind}-{''.join(secrets.choice(_LETTERS) for _ in range(8))}"
+            try:
+                folder.mkdir(mode=0o700)
+            except FileExistsError:
+                folder = None
+                continue
+            lock = _lock(folder, wait=True) if fcntl is not None else None
+            # Between the two calls another process may have taken the folder for a leftover and removed it.
+            if not folder.is_dir() or (lock is not None and folder.stat().st_ino != os.fstat(lock).st_ino):
+                if lock is not None:
+                    os.close(lock)
+                folder, lock = None, None
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
