@@ -30,19 +30,6 @@ SETTINGS = Settings(windows=6, window=32, fisher_windows=3, batch=2)
 TOKENS = torch.arange(60).reshape(2, 30) * 7 % 256
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    rng = np.random.default_rng(0)
-    path.write_text("".join(rng.choice(list("abcdefgh \nßé"), 2000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "model", "qwen2")
-
-
 def logits(folder: Path, dtype: str = "float32") -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = load_reference(folder, dtype=dtype)(TOKENS).logits

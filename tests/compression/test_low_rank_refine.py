@@ -10,9 +10,7 @@ import pytest
 
 from mixt_export.checkpoints import open_checkpoint
 from tests.compression.test_compress import Interrupting
-from tests.compression.test_sequential import inputs, model, run, text
-
-__all__ = ["model", "text"]  # fixtures
+from tests.compression.test_sequential import inputs, run
 
 
 def block_error(model: Path, output: Path, text: Path) -> float:

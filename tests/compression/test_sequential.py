@@ -21,19 +21,6 @@ from tests.tiny import write_tiny
 SETTINGS = Settings(windows=6, window=32, fisher_windows=3, batch=2, anchor_damping=1e-4, input_damping=1e-6)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    rng = np.random.default_rng(0)
-    path.write_text("".join(rng.choice(list("abcdefgh \nßé"), 2000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "model", "qwen2")
-
-
 def run(model: Path, output: Path, text: Path, **options: Any) -> CompressionReport:
     return compress(
         model,

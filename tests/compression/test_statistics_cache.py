@@ -25,19 +25,6 @@ from tests.tiny import write_tiny
 SETTINGS = Settings(windows=5, window=32, fisher_windows=3, batch=2)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    rng = np.random.default_rng(0)
-    path.write_text("".join(rng.choice(list("abcdefgh \nßé"), 2000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "model", "qwen2")
-
-
 def made(model: Path, text: Path, name: str, cache: bool | Path, **options: Any) -> tuple[bytes, CompressionReport]:
     """The bytes of everything that is written but the report of times, in one piece."""
     output = model.parent / name
