@@ -79,6 +79,14 @@ def compress(
             rich_help_panel=_LOW_RANK,
         ),
     ] = None,
+    attended: Annotated[
+        bool | None,
+        typer.Option(
+            "--attended/--no-attended",
+            help="Judge value projections by what heads make of them. Default: the method's own.",
+            rich_help_panel=_LOW_RANK,
+        ),
+    ] = None,
     update: Annotated[
         str | None,
         typer.Option(
@@ -310,6 +318,7 @@ def compress(
         "asvd_alpha": asvd_alpha,
         "update": update,
         "store": store,
+        "attended": attended,
         "n_tensors": n_tensors,
         "bond": bond,
         "paper_padding": paper_padding,

@@ -90,6 +90,12 @@ def export(
     quantize_head: Annotated[
         str | None, typer.Option(metavar="int8|int4", help="--quantize: the head and the embedding (default int8).")
     ] = None,
+    int8_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX|none", help="--quantize int4: linears at 8 bits (default: the MLP's last). Repeatable."
+        ),
+    ] = None,
     rounding: Annotated[
         str | None, typer.Option(help="--quantize: nearest, calibrated (by what each matrix reads), or auto (default).")
     ] = None,
@@ -139,8 +145,9 @@ def export(
     constants = constants_named(device_constants, target)
     budget = None if memory_budget is None else parse_bytes(memory_budget, "--memory-budget")
     quantisation = quantisation_from(
-        quantize, calib, group=group, head=quantize_head, rounding=rounding, measure=False if no_loss else None
-    )
+        quantize, calib, int8_for,
+        group=group, head=quantize_head, rounding=rounding, measure=False if no_loss else None,
+    )  # fmt: skip
     rewriting = Rewriting(balance, detect_low_rank)
     if dry_run:
         if detect_low_rank is not None:

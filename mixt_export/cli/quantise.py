@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from mixt_export.targets import ExportPlan
 
 #: Argument -> option, where they differ in more than dashes.
-_OPTIONS = {"head": "quantize-head", "texts": "calib", "measure": "no-loss"}
+_OPTIONS = {"head": "quantize-head", "texts": "calib", "measure": "no-loss", "int8_for": "int8-for"}
 
 
-def quantisation_from(kind: str | None, texts: list[Path] | None, **given: Any) -> Quantisation | None:
+def quantisation_from(
+    kind: str | None, texts: list[Path] | None, int8_for: list[str] | None, **given: Any
+) -> Quantisation | None:
     """What --quantize and the options beside it ask for; UsageError for one of them without it."""
     from mixt_export.errors import UsageError
     from mixt_export.quantisation import Quantisation
 
     if texts:
         given["texts"] = tuple(texts)
+    if int8_for:
+        given["int8_for"] = tuple(int8_for)
     asked = {name: value for name, value in given.items() if value is not None}
     if kind is not None:
         return Quantisation.named(kind, **asked)
@@ -40,8 +44,11 @@ def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None)
         return
     settings, matrices = quantised.settings, quantised.matrices.values()
     floats = 4 * sum(matrix.rows * matrix.columns for matrix in matrices)
+    wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
+    apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
     typer.echo(
-        f"int{settings.bits} weights in groups of {settings.group} (head and embedding int{settings.head_bits}): "
+        f"int{settings.bits} weights in groups of {settings.group} "
+        f"(head and embedding int{settings.head_bits}{apart}): "
         f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
     )
     loss = (manifest or {}).get("quantisation", {}).get("loss")

@@ -22,7 +22,7 @@ class LowRankOptions:
     refit the factors by least squares on the compressed model's inputs to the outputs of this objective, shift-aware or
     anchored; None: not at all. ``refine_steps``: of block refinement after the closed form; None: 0. ``store``:
     "remap8" stores most of the factors in 8 bits (remap.py) and ``keep`` then counts numbers of 16 bits; None: as they
-    are.
+    are. ``attended``: value projections are judged by what heads make of them (attended.py).
     """
 
     keep: float = 0.9
@@ -32,6 +32,7 @@ class LowRankOptions:
     update: str | None = None
     refine_steps: int | None = None
     store: str | None = None
+    attended: bool | None = None
 
 
 @dataclass(frozen=True)

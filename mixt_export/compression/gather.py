@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixt_export.compression.attended import HeadFisher, Value, listening_at_heads, mixed_gram, values_of
 from mixt_export.compression.blocks import BlockwiseModel
 from mixt_export.compression.scratch import Scratch
 from mixt_export.compression.settings import Settings
@@ -82,7 +83,8 @@ class Statistics:
 class Gatherer:
     """Runs the passes. ``targets``: block index -> names of the targeted linears inside the block.
 
-    ``windows`` (windows, length) int64; ``gradients``: NONE, TRACES or FISHER.
+    ``windows`` (windows, length) int64; ``gradients``: NONE, TRACES or FISHER. ``attended``: value projections are
+    measured behind the attention, see attended.py.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Gatherer:
         progress: Progress,
         cache: StatisticsCache,
         gradients: str,
+        attended: bool = False,
     ) -> None:
         self.model, self.targets, self.windows, self.settings = model, targets, windows, settings
+        self.attended = attended
         self.scratch, self.progress, self.cache, self.gradients = scratch, progress, cache, gradients
         self.gradient_windows = min(gradient_windows(gradients, settings), len(windows))
 
@@ -134,6 +138,7 @@ class Gatherer:
                 "targets": [f"{self.model.block_path(index)}.{name}" for index, name in self._linears()],
                 "batch": self.settings.batch,
                 "versions": self.cache.versions(),
+                **({"attended": True} if self.attended else {}),
             }
         features = [self.model.linear_shape(f"{self.model.block_path(i)}.{name}")[axis] for i, name in self._linears()]
         needed = sum(4 if kind == TRACES else 2 * size * (size + 1) for size in features)
@@ -147,6 +152,7 @@ class Gatherer:
         shape = (*windows.shape, self.model.hidden)
         hidden = self.model.embed(windows, self.scratch.working_array("stream", shape))
         groups: dict[str, str] = {}
+        own: dict[str, str] = {}
         stop = self.model.blocks if outputs is not None else max(self.targets) + 1
         with self.progress.task("input statistics", stop) as advance:
             for index in range(stop):
@@ -155,20 +161,28 @@ class Gatherer:
                 with self.model.block(index) as layer:
                     names = self.targets.get(index, ()) if inputs is not None else ()
                     found = find_groups(self.model, layer, index, names)
+                    for value in self._values(layer, names):
+                        mixed = Gram(value.features)
+                        mixed_gram(self.model, layer, index, value, hidden, mixed)
+                        own[f"{self.model.block_path(index)}.{value.name}"] = key = f"{index}:values"
+                        assert inputs is not None
+                        _keep(inputs, key, mixed)
                     grams = self._advance(layer, index, hidden, found)
                     for number, (group, gram) in enumerate(zip(found, grams, strict=True)):
                         assert inputs is not None
                         key = f"{index}:{number}"
-                        inputs.put(f"gram:{key}", pack_symmetric(gram.mean().float().numpy()))
-                        inputs.put(f"size:{key}", gram.magnitude().float().numpy())
+                        _keep(inputs, key, gram)
                         groups |= {f"{self.model.block_path(index)}.{name}": key for name in group.linears}
                 advance(1)
         if inputs is not None:
-            inputs.put("groups", _encoded(groups))
+            inputs.put("groups", _encoded(groups | own))
             inputs.commit()
         if outputs is not None:
             self._backward(hidden[: self.gradient_windows].clone(), outputs)
             outputs.commit()
+
+    def _values(self, layer: nn.Module, names: Sequence[str]) -> tuple[Value, ...]:
+        return values_of(layer, names) if self.attended else ()
 
     @torch.no_grad()
     def _advance(self, layer: nn.Module, index: int, hidden: torch.Tensor, groups: Sequence[InputGroup]) -> list[Gram]:
@@ -197,12 +211,18 @@ class Gatherer:
 
     def _backward_block(
         self, layer: nn.Module, index: int, gradients: torch.Tensor
-    ) -> dict[str, tuple[float, Gram | None]]:
+    ) -> dict[str, tuple[float, Gram | HeadFisher | None]]:
         """Overwrite ``gradients`` (at the block's output) by those at its input; mean ||g||² and Fisher matrix."""
         names = tuple(self.targets.get(index, ()))
         sums, tokens = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
         full = names if self.gradients == FISHER else ()
-        fisher = {name: Gram(layer.get_submodule(name).out_features) for name in full}  # type: ignore[arg-type]
+        fisher: dict[str, Gram | HeadFisher] = {
+            name: Gram(layer.get_submodule(name).out_features)  # type: ignore[arg-type]
+            for name in full
+        }
+        values = self._values(layer, names)
+        fisher |= {value.name: HeadFisher(value) for value in values if full}
+        plain = tuple(name for name in names if name not in {value.name for value in values})
 
         def hear(name: str, gradient: torch.Tensor) -> None:
             sums[name] += float(gradient.double().square().sum())
@@ -210,7 +230,7 @@ class Gatherer:
             if name in fisher:
                 fisher[name].add(gradient)
 
-        with listening_to_gradients(layer, names, hear):
+        with listening_to_gradients(layer, plain, hear), listening_at_heads(layer, values, hear):
             for part in batches(len(gradients), self.settings.batch):
                 stored = [self.scratch.get(f"in:{index}:{window}") for window in range(part.start, part.stop)]
                 hidden = torch.from_numpy(np.stack(stored)).requires_grad_(True)
@@ -219,6 +239,11 @@ class Gatherer:
         for window in range(len(gradients)):
             self.scratch.drop(f"in:{index}:{window}")
         return {name: (sums[name] / max(1, tokens[name]), fisher.get(name)) for name in names}
+
+
+def _keep(entry: Entry, key: str, gram: Gram) -> None:
+    entry.put(f"gram:{key}", pack_symmetric(gram.mean().float().numpy()))
+    entry.put(f"size:{key}", gram.magnitude().float().numpy())
 
 
 def _encoded(value: Any) -> np.ndarray[Any, Any]:

@@ -77,6 +77,11 @@ class LowRankJob(Job):
         return TRACES if self.weighs == "loss" else NONE
 
     @property
+    def attended(self) -> bool:
+        """Whether value projections are judged behind the attention, see attended.py."""
+        return bool(self.own.attended)
+
+    @property
     def refinement(self) -> RefineSettings | None:
         """How blocks are refined; None: not at all."""
         steps = self.own.refine_steps
@@ -91,6 +96,7 @@ class LowRankJob(Job):
             "keep": self.own.keep,
             **({"asvd_alpha": self.own.asvd_alpha} if self.method.input_metric == "diagonal" else {}),
             "update": self.own.update,
+            "attended": self.attended,
             "refine_steps": self.refinement.steps if self.refinement else 0,
             **({} if self.own.store is None else {"store": self.own.store}),
         }
@@ -173,6 +179,7 @@ class LowRankJob(Job):
             gradients=self.gradients,
             cache=self.cache,
             alpha=self.own.asvd_alpha,
+            attended=self.attended,
         )
         return profiler.run()
 

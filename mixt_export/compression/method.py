@@ -103,6 +103,11 @@ def check_adjustments(method: LowRankMethod, objective: str, own: LowRankOptions
         raise UsageError(f"--asvd-alpha {own.asvd_alpha:g}: give a power from 0 (plain SVD) to 4, such as 0.5.")
     if own.refine_steps is not None and own.refine_steps < 0:
         raise UsageError(f"--refine-steps {own.refine_steps}: give 0 for none, or how many.")
+    if own.attended and (own.update is not None or objective != "input-aware"):
+        raise UsageError(
+            "--attended: value projections behind the attention are measured in the dense model alone; use it with "
+            "objective input-aware and without --update."
+        )
     if own.update is None:
         return
     if own.update not in SEQUENTIAL:

@@ -53,7 +53,8 @@ class Profiler:
 
     ``windows`` (windows, length) int64, without rows where no statistics are needed; ``max_ranks``: linear name -> how
     many directions of its factors to store. ``metric``: see method.INPUT_METRICS; ``alpha``: the diagonal one's power.
-    ``gradients``: see gather; the output metric is the Fisher matrix where they are gather.FISHER.
+    ``gradients``: see gather; the output metric is the Fisher matrix where they are gather.FISHER. ``attended``: see
+    attended.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Profiler:
         gradients: str,
         cache: StatisticsCache,
         alpha: float = 0.5,
+        attended: bool = False,
     ) -> None:
         self.model, self.targets, self.windows = model, targets, windows
         self.settings, self.scratch, self.progress = settings, scratch, progress
         self.max_ranks, self.metric, self.alpha = max_ranks, metric, alpha
         self.gradients, self.cache, self.clock = gradients, cache, clock
+        self.attended = attended
         self.profiles: dict[str, LinearProfile] = {}
 
     def run(self) -> dict[str, LinearProfile]:
@@ -95,6 +98,7 @@ class Profiler:
             self.progress,
             self.cache,
             self.gradients,
+            self.attended,
         )
         with ExitStack() as held:
             with self.clock.stage("statistics"):

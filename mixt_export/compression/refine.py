@@ -99,8 +99,10 @@ def refine_block(
     ``original``, ``compressed``: the block's inputs in the original and in the compressed model, (windows, length,
     features) float32, not written to. Trained are the factors of every linear of ``replaced`` that has some and all
     its vectors (norms, biases); the caller sees to it that ``dense`` does not share those. The loss is relative token
-    by token, mean_t ||o_t - y_t||² / ||y_t - x_t||² with x in ``original`` and y = dense(x): first tokens of a window,
-    with norms tens of times the others', would drown the rest. Equal arguments give equal parameters on one machine.
+    by token, mean_t ||o_t - y_t||² / (||y_t - x_t||² + ||x'_t - x_t||²) with x in ``original``, x' in ``compressed``
+    and y = dense(x): by what the block adds and what it inherits. First tokens of a window have norms tens of times the
+    others': absolute errors would be theirs alone, and so would errors by what the block adds, which to them is next
+    to nothing, once an earlier block has their norm wrong. Equal arguments give equal parameters on one machine.
     Raises UsageError when ``replaced`` has nothing to train.
     """
     began = time.process_time()
@@ -114,7 +116,7 @@ def refine_block(
     with fast_products(), torch.enable_grad(), gradients_for(replaced, trained):
         for step, part in enumerate(draws(len(original), settings.batch, settings.steps, seed)):
             wanted = targets.of(part)
-            scale = (wanted - original[part]).square().sum(-1)
+            scale = (wanted - original[part]).square().sum(-1) + (compressed[part] - original[part]).square().sum(-1)
             found = model.run(replaced, index, compressed[part])
             floor = 1e-6 * (scale.mean() or wanted.square().sum(-1).mean())  # a block that adds nothing has no scale
             loss = ((found - wanted).square().sum(-1) / scale.clamp_min(floor)).mean()

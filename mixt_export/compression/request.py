@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     asvd_alpha: float
     update: str | None
     store: str | None
+    attended: bool | None
 
     n_tensors: int | Mapping[str, int] | Sequence[str]
     bond: int

@@ -58,7 +58,7 @@ def find_matrices(
             continue
         if lookup and columns % settings.group:
             continue
-        bits = settings.bits_of(table)
+        bits = settings.bits_of(name, table)
         read = _reader(lowered.weights, tensor, transposed)
         parts = lowered.weights.parts.get(name, ())
         if (not parts and not name.endswith(".dense")) or any(readers[part] > 1 for part in parts):

@@ -6,6 +6,7 @@ zero in the middle of their range (8 of 16, 128 of 256), as com.microsoft::MatMu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,12 @@ def spread(scales: Scales, blocks: Blocks) -> NDArray[np.float32]:
     """(N, K): the scale of every element."""
     wide: NDArray[np.float32] = np.repeat(scales, blocks.group, axis=1)[:, : blocks.codes.shape[1]]
     return wide
+
+
+def stacked(parts: Sequence[Blocks]) -> Blocks:
+    """Blocks of a matrix whose rows ``parts`` have, one after the other; of equal width, bits and group."""
+    codes, scales = (np.concatenate(arrays) for arrays in zip(*((p.codes, p.scales) for p in parts), strict=True))
+    return Blocks(codes, scales, parts[0].bits, parts[0].group)
 
 
 def distance(blocks: Blocks, matrix: NDArray[Any]) -> dict[str, float]:

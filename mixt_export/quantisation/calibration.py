@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mixt_export.progress import SILENT, Progress
-from mixt_export.quantisation.blocks import Blocks, dequantised
+from mixt_export.quantisation.blocks import Blocks, dequantised, stacked
 from mixt_export.quantisation.calibrated import calibrated
 from mixt_export.quantisation.nearest import nearest
 from mixt_export.quantisation.segments import Piece, Read, Runner, Values, blocks_of, cut
@@ -21,11 +21,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix to round: ``transposed`` when the graph holds it as (inputs, outputs)."""
+    """A matrix to round: ``transposed`` when the graph holds it as (inputs, outputs). ``nearest``: no calibration."""
 
     bits: int
     group: int
     transposed: bool
+    nearest: bool = False
 
 
 def calibrate(
@@ -70,36 +71,45 @@ def _round(
     """
     matrices = {name: tables[name] if name in tables else np.ascontiguousarray(read(name)) for name in piece.matrices}
     due = [name for name in piece.matrices if name not in tables]
-    moments = _moments(piece, states, matrices, threads) if set(due) & piece.observed.keys() else {}
+    calibrated_ones = {name for name in due if name in piece.observed and not targets[name].nearest}
+    moments = _moments(piece, states, matrices, threads) if calibrated_ones else {}
     for name in due:
         target = targets[name]
         value = matrices[name].T if target.transposed else matrices[name]
-        gram = moments.get(name)
-        if gram is None:
+        known = None if target.nearest else moments.get(name)
+        if known is None:
             blocks = nearest(value, target.bits, target.group)
         else:
-            blocks = calibrated(value, gram, target.bits, target.group)
+            blocks = stacked([calibrated(value[rows], gram, target.bits, target.group) for rows, gram in known])
         keep(name, blocks)
         rounded = dequantised(blocks)
         matrices[name] = np.ascontiguousarray(rounded.T if target.transposed else rounded)
-        if gram is None:
+        if name not in piece.observed:
             tables[name] = matrices[name]
     advance(piece, states, matrices, threads)
-    return len(set(due) & moments.keys())
+    return len(calibrated_ones)
 
 
-def _moments(piece: Piece, states: Iterable[Values], matrices: Values, threads: int) -> dict[str, NDArray[np.float64]]:
-    """Σ x xᵀ (K, K) of what each matrix reads, over all windows; matrices that read the same share the array."""
+def _moments(
+    piece: Piece, states: Iterable[Values], matrices: Values, threads: int
+) -> dict[str, list[tuple[slice, NDArray[np.float64]]]]:
+    """Rows of each matrix and Σ x xᵀ (K, K) of what they are to be rounded by, over all windows.
+
+    Rows that are rounded by the same share the array.
+    """
     runner = Runner(piece.observing, threads)
     sums: dict[str, NDArray[np.float64]] = {}
     for state in states:
         found = runner.run({name: state[name] for name in piece.reads}, matrices)
-        for output in set(piece.observed.values()):
+        for output in {part.output for parts in piece.observed.values() for part in parts}:
             if output in sums:
                 sums[output] += found[output]
             else:
                 sums[output] = found[output].astype(np.float64)
-    return {name: sums[output] for name, output in piece.observed.items()}
+    return {
+        name: [(slice(part.begin, part.end), sums[part.output]) for part in parts]
+        for name, parts in piece.observed.items()
+    }
 
 
 def advance(piece: Piece, states: list[Values], matrices: Values, threads: int) -> None:

@@ -18,12 +18,12 @@ from onnx import TensorProto, helper
 
 from mixt_export.errors import ResourceError
 from mixt_export.optional import require
+from mixt_export.quantisation.attended import ATTENTIONS, PRODUCTS, Observation, Part, observe_values
 
 Values = dict[str, NDArray[Any]]
 Read = Callable[[str], NDArray[Any]]
 
 _BLOCK = re.compile(r"/layers?\.(\d+)/")
-_PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm"})
 _QUIET = 4
 
 
@@ -31,7 +31,8 @@ _QUIET = 4
 class Piece:
     """Consecutive nodes of a graph. ``reads``: values from before it; ``gives``: values that something after it reads.
 
-    ``matrices``: the initializers of it that are fed as inputs; ``observed``: those whose input's moments it can give.
+    ``matrices``: the initializers of it that are fed as inputs; ``observed``: of those whose input's moments it can
+    give, which output holds them, for all rows or for some.
     """
 
     model: onnx.ModelProto
@@ -39,7 +40,7 @@ class Piece:
     reads: tuple[str, ...]
     gives: tuple[str, ...]
     matrices: tuple[str, ...]
-    observed: Mapping[str, str]
+    observed: Mapping[str, Sequence[Part]]
 
 
 def cut(model: onnx.ModelProto, matrices: Iterable[str], outputs: Sequence[str], read: Read) -> Iterator[Piece]:
@@ -129,32 +130,35 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
-def _observing(piece: onnx.ModelProto, fed: set[str]) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """``piece`` with the second moments of what its products read as further outputs; matrix -> its output."""
+def _observing(piece: onnx.ModelProto, fed: set[str]) -> tuple[onnx.ModelProto, dict[str, list[Part]]]:
+    """``piece`` with second moments of what its products read as further outputs; matrix -> those of its rows."""
     model = onnx.ModelProto()
     model.CopyFrom(piece)
-    observed: dict[str, str] = {}
+    found = Observation()
     known: dict[str, str] = {}
-    extra = []
-    sizes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in piece.graph.input}
+    sizes = {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in piece.graph.input
+    }
+    sizes = {name: size for name, size in sizes.items() if name in fed}
+    sizes |= {tensor.name: tuple(tensor.dims) for tensor in piece.graph.initializer}
     for node in piece.graph.node:
-        if node.op_type not in _PRODUCTS or len(node.input) < 2 or node.input[1] not in fed:
+        if node.op_type not in PRODUCTS or len(node.input) < 2 or node.input[1] not in fed:
             continue
         source, matrix = node.input[0], node.input[1]
         transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
-        columns = sizes[matrix][1 if transposed else 0]
         if source not in known:
-            name = known[source] = f"{source}/moments"
-            shape = helper.make_tensor(f"{name}/shape", TensorProto.INT64, [2], [-1, columns])
-            model.graph.initializer.append(shape)
-            extra += [
-                helper.make_node("Reshape", [source, shape.name], [f"{name}/rows"], name=f"{name}/rows"),
-                helper.make_node("Gemm", [f"{name}/rows"] * 2, [name], name=name, transA=1),
-            ]
-            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [columns, columns]))
-        observed.setdefault(matrix, known[source])
-    model.graph.node.extend(extra)
-    return model, observed
+            known[source] = found.moments(source, sizes[matrix][1 if transposed else 0], f"{source}/moments")
+        found.parts.setdefault(matrix, [Part(known[source])])
+    producers = {name: node for node in piece.graph.node for name in node.output}
+    for node in piece.graph.node:
+        if node.op_type in ATTENTIONS:
+            observe_values(found, node, producers, sizes, frozenset(found.parts))
+    model.graph.initializer.extend(found.constants)
+    model.graph.node.extend(found.nodes)
+    for name in {part.output: None for parts in found.parts.values() for part in parts}:
+        size = [found.widths[name]] * 2
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, size))
+    return model, found.parts
 
 
 class Runner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,11 @@ ROUNDINGS = ("auto", "calibrated", "nearest")
 DEFAULT_GROUP = 32
 #: A matrix with fewer elements stays as it is: it lies in the cache of a core whatever its width.
 MIN_ELEMENTS = 2048
+#: Matrices that `--quantize int4` leaves at 8 bits: the MLP's last product writes into the residual stream, and on
+#: SmolLM2-135M a third of all that int4 costs was its (docs/quantisation.md).
+SENSITIVE = (r"\.mlp\.(down_proj|c_proj|fc_out)\b",)
+#: `--int8-for` for: none.
+NOTHING = "none"
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Quantisation:
     ``rounding``: "nearest", "calibrated" (by the second moments of what each matrix reads), or "auto": calibrated
     where ONNX Runtime and a tokenizer are at hand. ``texts``: what to calibrate on, by default the shipped texts.
     ``measure``: whether the export measures what is lost. ``min_elements``: smaller matrices stay as they are.
+    ``int8_for``: regular expressions; linears whose path one is found in have 8 bits whatever ``bits`` is.
     """
 
     bits: int
@@ -33,6 +40,7 @@ class Quantisation:
     texts: tuple[Path, ...] = ()
     measure: bool = True
     min_elements: int = MIN_ELEMENTS
+    int8_for: tuple[str, ...] = ()
 
     @classmethod
     def named(
@@ -43,10 +51,12 @@ class Quantisation:
         rounding: str = "auto",
         texts: tuple[Path, ...] = (),
         measure: bool = True,
+        int8_for: tuple[str, ...] | None = None,
     ) -> Quantisation:
         """The settings of ``--quantize name --group group --quantize-head head --rounding rounding``.
 
-        Raises UsageError for a name, a group or a rounding that there is not.
+        ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a name, a group or a rounding that there
+        is not, and for an expression that is none.
         """
         for option, value in (("--quantize", name), ("--quantize-head", head or name)):
             if value not in BITS:
@@ -55,8 +65,17 @@ class Quantisation:
             raise UsageError(f"--group {group}: the kernels take blocks of {', '.join(map(str, GROUPS))}.")
         if rounding not in ROUNDINGS:
             raise UsageError(f"--rounding {rounding}: choose one of {', '.join(ROUNDINGS)}.")
-        return cls(BITS[name], group, BITS[head] if head else 8, rounding, texts, measure)
+        wide = SENSITIVE if int8_for is None else int8_for
+        wide = () if name == "int8" or wide == (NOTHING,) else wide
+        for pattern in wide:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--int8-for {pattern}: is no regular expression ({error}).") from error
+        return cls(BITS[name], group, BITS[head] if head else 8, rounding, texts, measure, int8_for=wide)
 
-    def bits_of(self, embedding: bool) -> int:
-        """Bits of a linear's matrix, or of the table of the embedding and the head."""
-        return self.head_bits if embedding else self.bits
+    def bits_of(self, matrix: str, embedding: bool) -> int:
+        """Bits of the ``matrix`` of a linear, or of the table of the embedding and the head."""
+        if embedding:
+            return self.head_bits
+        return 8 if any(re.search(pattern, matrix) for pattern in self.int8_for) else self.bits

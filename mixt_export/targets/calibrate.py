@@ -88,7 +88,11 @@ def calibrate_plan(
     windows, _ = calibration_windows(source, texts or default_texts(), WINDOWS, WINDOW, _vocabulary(graph.model))
     scratch = tempfile.TemporaryDirectory(prefix=".rounding-", dir=folder)
     store = _Store(Path(scratch.name), plan)
-    targets = {name: Target(m.bits, m.group, m.transposed) for name, m in plan.matrices.items()}
+    wide = plan.settings.bits == 8  # else calibration gains nothing at 8 bits, and was not asked for
+    targets = {
+        name: Target(m.bits, m.group, m.transposed, nearest=m.bits == 8 and not wide)
+        for name, m in plan.matrices.items()
+    }
     try:
         calibrate(graph.model, targets, graph.read, list(windows), store.keep, progress=progress)
     except BaseException:

@@ -55,6 +55,7 @@ def quantisation_entry(plan: QuantisedPlan, figures: Mapping[str, Any]) -> dict[
     return {
         "bits": plan.settings.bits,
         "head_bits": plan.settings.head_bits,
+        "int8_for": list(plan.settings.int8_for),
         "group": plan.settings.group,
         "min_elements": plan.settings.min_elements,
         "bytes": plan.nbytes,

@@ -46,8 +46,10 @@ class Context:
         #: Quantised matrices by name; with any, PyTorch runs with the weights that their integers stand for.
         self.matrices = matrices_of(self.graph, self.manifest)
         self.source: Path | Checkpoint = reference
+        #: The graph whose values are compared: with quantised weights, that of float activations.
+        self.compared = self.graph
         if self.matrices:
-            self.graph = float_activations(self.graph)
+            self.compared = float_activations(self.graph)
             self.source = with_integers(open_checkpoint(reference), self.matrices)
         with progress.task("loading the PyTorch reference"):
             self.torch = TorchModel(self.source, threads=options.threads, layers=self.graph.layers)
@@ -66,7 +68,7 @@ class Context:
         self.routes: dict[str, Route] = {}
         self._runner: ExportedRunner | None = None
         self._kind = ""
-        self._graph = self.graph
+        self._graph = self.compared
 
     @cached_property
     def max_length(self) -> int:
@@ -147,12 +149,12 @@ class Context:
             yield
             return
         self.close()
-        self._graph = dataclasses.replace(self.graph, emulated=True)
+        self._graph = dataclasses.replace(self.compared, emulated=True)
         try:
             yield
         finally:
             self.close()
-            self._graph = self.graph
+            self._graph = self.compared
 
     def close(self) -> None:
         """Release the ONNX session."""

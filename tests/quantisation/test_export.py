@@ -53,10 +53,11 @@ def test_logits_are_those_of_pytorch_with_the_integers(dense: Path, tmp_path: Pa
         assert result.passed, result
 
 
-def test_both_factors_of_a_low_rank_linear_are_quantised(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_both_factors_of_a_low_rank_linear_are_quantised(dense: Path, tmp_path: Path, bits: int) -> None:
     """Ranks 17 and 20 end in a short block."""
     source = write_tiny_low_rank(tmp_path / "model", dense, {"q_proj": 17, "down_proj": 20, "up_proj": 16})
-    settings = Quantisation(4, 16, 8, "nearest", measure=False, min_elements=256)
+    settings = Quantisation(bits, 16, 8, "nearest", measure=False, min_elements=256)
     entry = export(source, tmp_path / "out", quantisation=settings, verify=False).manifest["quantisation"]
     names = list(entry["matrices"])
     assert any("core0" in name for name in names)
@@ -65,6 +66,32 @@ def test_both_factors_of_a_low_rank_linear_are_quantised(dense: Path, tmp_path: 
     for check in (quantised_weights, teacher_forced, int8_activations):
         result = check.run(context)
         assert result.passed, result
+
+
+def test_int4_leaves_the_last_linear_of_the_mlp_at_8_bits(dense: Path, tmp_path: Path) -> None:
+    """Factors included; --int8-for names others, or none."""
+    source = write_tiny_low_rank(tmp_path / "model", dense, {"down_proj": 28})
+
+    def wide(**options: Any) -> set[str]:
+        entry = quantised(source, tmp_path / "out", "int4", **options)
+        return {name for name, each in entry["matrices"].items() if each["bits"] == 8 and "embed" not in name}
+
+    # The second factor has fewer elements than a matrix worth quantising.
+    assert wide() == {f"model.layers.{index}.mlp.down_proj.core0" for index in (0, 1)}
+    for check in (quantised_weights, teacher_forced, int8_activations):
+        result = check.run(context_of(tmp_path / "out", source))
+        assert result.passed, result
+    assert wide(int8_for=("none",)) == set()
+    assert wide(int8_for=(r"layers\.0\.mlp\.up_", "o_proj")) == {
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+    }
+
+
+def test_what_no_expression_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--int8-for \(: is no regular expression"):
+        Quantisation.named("int4", int8_for=("(",))
 
 
 def test_a_factorised_linear_in_its_dense_form_is_quantised(dense: Path, tmp_path: Path) -> None:
