@@ -30,6 +30,7 @@ METHODS = {
     "asvd": ["--method", "asvd"],
     "svd-llm": ["--method", "svd-llm"],
     "svd-llm-v2": ["--method", "svd-llm-v2"],
+    "svd-llm, attended": ["--method", "svd-llm", "--attended"],
     "svd-llm, water-filled": ["--method", "svd-llm", "--ranks", "water-filling"],
     "gfw-svd": ["--method", "gfw-svd"],
     "aa-svd": ["--method", "aa-svd"],

@@ -41,12 +41,21 @@ def contenders(work: Path, python: Path, models: dict[str, Path], rounding: str 
     return [*_ours(work, models, rounding), *_genai(work, python), *_llama_cpp(work, python), *_torch(work, python)]
 
 
+#: Weights of our exports -> options of mixt-export. "int4 lean" has 4 bits everywhere, as GenAI's int4 has.
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "int8": ("--quantize", "int8"),
+    "int4": ("--quantize", "int4"),
+    "int4 lean": ("--quantize", "int4", "--int8-for", "none", "--quantize-head", "int4"),
+}
+
+
 def _ours(work: Path, models: dict[str, Path], rounding: str) -> list[Contender]:
     found = []
     for model, folder in models.items():
-        for weights in ("fp32", "int8", "int4"):
-            out = work / f"ours-{model.replace(' ', '-')}-{weights}"
-            options = [] if weights == "fp32" else ["--quantize", weights, "--rounding", rounding, "--no-loss"]
+        for weights, kind in WEIGHTS.items():
+            out = work / f"ours-{model}-{weights}".replace(" ", "-")
+            options = [*kind, "--rounding", rounding, "--no-loss"] if kind else []
             command = mixt("export", folder, "-o", out, "--target", "ort", "--no-verify", "--overwrite", *options)
             found.append(
                 Contender(f"ours {model} {weights}", "ours", model, weights, out, (command,), "model.*", "mixt-export")

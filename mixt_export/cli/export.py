@@ -92,9 +92,7 @@ def export(
     ] = None,
     int8_for: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="REGEX|none", help="--quantize int4: linears at 8 bits (default: the MLP's last). Repeatable."
-        ),
+        typer.Option(metavar="REGEX|none", help="--quantize int4: matrices at 8 bits (default: see docs). Repeatable."),
     ] = None,
     rounding: Annotated[
         str | None, typer.Option(help="--quantize: nearest, calibrated (by what each matrix reads), or auto (default).")

@@ -84,7 +84,7 @@ class Gatherer:
     """Runs the passes. ``targets``: block index -> names of the targeted linears inside the block.
 
     ``windows`` (windows, length) int64; ``gradients``: NONE, TRACES or FISHER. ``attended``: value projections are
-    measured behind the attention, see attended.py.
+    measured behind the attention, see attended.py, on as many windows as give gradients: every head gives each a row.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Gatherer:
                 "targets": [f"{self.model.block_path(index)}.{name}" for index, name in self._linears()],
                 "batch": self.settings.batch,
                 "versions": self.cache.versions(),
-                **({"attended": True} if self.attended else {}),
+                **({"attended": self.settings.fisher_windows} if self.attended else {}),
             }
         features = [self.model.linear_shape(f"{self.model.block_path(i)}.{name}")[axis] for i, name in self._linears()]
         needed = sum(4 if kind == TRACES else 2 * size * (size + 1) for size in features)
@@ -163,7 +163,7 @@ class Gatherer:
                     found = find_groups(self.model, layer, index, names)
                     for value in self._values(layer, names):
                         mixed = Gram(value.features)
-                        mixed_gram(self.model, layer, index, value, hidden, mixed)
+                        mixed_gram(self.model, layer, index, value, hidden[: self.settings.fisher_windows], mixed)
                         own[f"{self.model.block_path(index)}.{value.name}"] = key = f"{index}:values"
                         assert inputs is not None
                         _keep(inputs, key, mixed)

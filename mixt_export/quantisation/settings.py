@@ -16,9 +16,10 @@ ROUNDINGS = ("auto", "calibrated", "nearest")
 DEFAULT_GROUP = 32
 #: A matrix with fewer elements stays as it is: it lies in the cache of a core whatever its width.
 MIN_ELEMENTS = 2048
-#: Matrices that `--quantize int4` leaves at 8 bits: the MLP's last product writes into the residual stream, and on
-#: SmolLM2-135M a third of all that int4 costs was its (docs/quantisation.md).
-SENSITIVE = (r"\.mlp\.(down_proj|c_proj|fc_out)\b",)
+#: Matrices that `--quantize int4` leaves at 8 bits, because of what they cost at 4 (docs/quantisation.md): the MLP's
+#: last linear, which writes into the residual stream, and the second factor of low rank, whose inputs are uncorrelated,
+#: so that no column can make up for another.
+SENSITIVE = (r"\.mlp\.(down_proj|c_proj|fc_out)\b", r"\.core1$")
 #: `--int8-for` for: none.
 NOTHING = "none"
 
@@ -30,7 +31,7 @@ class Quantisation:
     ``rounding``: "nearest", "calibrated" (by the second moments of what each matrix reads), or "auto": calibrated
     where ONNX Runtime and a tokenizer are at hand. ``texts``: what to calibrate on, by default the shipped texts.
     ``measure``: whether the export measures what is lost. ``min_elements``: smaller matrices stay as they are.
-    ``int8_for``: regular expressions; linears whose path one is found in have 8 bits whatever ``bits`` is.
+    ``int8_for``: regular expressions; matrices whose name one is found in have 8 bits whatever ``bits`` is.
     """
 
     bits: int

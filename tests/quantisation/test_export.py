@@ -68,16 +68,17 @@ def test_both_factors_of_a_low_rank_linear_are_quantised(dense: Path, tmp_path: 
         assert result.passed, result
 
 
-def test_int4_leaves_the_last_linear_of_the_mlp_at_8_bits(dense: Path, tmp_path: Path) -> None:
-    """Factors included; --int8-for names others, or none."""
-    source = write_tiny_low_rank(tmp_path / "model", dense, {"down_proj": 28})
+def test_int4_leaves_the_mlps_last_linear_and_second_factors_at_8_bits(dense: Path, tmp_path: Path) -> None:
+    """--int8-for names others, or none."""
+    source = write_tiny_low_rank(tmp_path / "model", dense, {"down_proj": 28, "gate_proj": 24})
 
     def wide(**options: Any) -> set[str]:
         entry = quantised(source, tmp_path / "out", "int4", **options)
         return {name for name, each in entry["matrices"].items() if each["bits"] == 8 and "embed" not in name}
 
-    # The second factor has fewer elements than a matrix worth quantising.
-    assert wide() == {f"model.layers.{index}.mlp.down_proj.core0" for index in (0, 1)}
+    # The second factor of down_proj has fewer elements than a matrix worth quantising, as has the first of gate_proj.
+    layers = [f"model.layers.{index}.mlp" for index in (0, 1)]
+    assert wide() == {f"{mlp}.{part}" for mlp in layers for part in ("down_proj.core0", "gate_proj.core1")}
     for check in (quantised_weights, teacher_forced, int8_activations):
         result = check.run(context_of(tmp_path / "out", source))
         assert result.passed, result
