@@ -83,7 +83,7 @@ def compress(
         bool | None,
         typer.Option(
             "--attended/--no-attended",
-            help="Judge value projections by what heads make of them. Default: the method's own.",
+            help="Judge value projections by what heads make of them (objective input-aware).",
             rich_help_panel=_LOW_RANK,
         ),
     ] = None,

@@ -19,7 +19,7 @@ from mixt_export.progress import SILENT
 from mixt_export.quantisation import Quantisation
 from mixt_export.reference.linear import linear_module
 from mixt_export.targets import export
-from mixt_export.verification.checks import int8_activations, quantised_weights, teacher_forced
+from mixt_export.verification.checks import int8_activations, quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
 from tests.tiny import write_tiny, write_tiny_low_rank
@@ -48,7 +48,7 @@ def test_logits_are_those_of_pytorch_with_the_integers(dense: Path, tmp_path: Pa
     entry = quantised(dense, tmp_path / "out", kind, target)
     assert len(entry["matrices"]) > 10
     context = context_of(tmp_path / "out", dense)
-    for check in (quantised_weights, teacher_forced, *([int8_activations] if target == "ort" else [])):
+    for check in (quantised_weights, teacher_forced, *([int8_activations, redensified] if target == "ort" else [])):
         result = check.run(context)
         assert result.passed, result
 

@@ -22,7 +22,7 @@ def optimised_elements(graph: ExportedGraph, threads: int) -> int:
 
     with tempfile.TemporaryDirectory(prefix="mixt-optimised-") as name:
         folder = Path(name)
-        require_space(folder, 2 * count_weights(graph.proto).nbytes, "the optimiser's copy of the weights")
+        require_space(folder, 2 * count_weights(graph.proto, apart=True).nbytes, "the optimiser's copy of the weights")
         options = session_options(graph, threads)
         # Constant folding and fusions happen up to this level; the ones beyond only change layouts for one CPU.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -32,4 +32,4 @@ def optimised_elements(graph: ExportedGraph, threads: int) -> int:
         options.add_session_config_entry("session.disable_prepacking", "1")
         start_session(graph, graph.proto, threads, options)
         optimised = onnx.load_model(str(folder / "optimised.onnx"), load_external_data=False)
-        return count_weights(optimised).elements
+        return count_weights(optimised, apart=True).elements

@@ -25,12 +25,16 @@ class Weights:
     rope_elements: int
 
 
-def count_weights(proto: onnx.ModelProto) -> Weights:
-    """Constants of the main graph and of its Constant nodes."""
+def count_weights(proto: onnx.ModelProto, *, apart: bool = False) -> Weights:
+    """Constants of the main graph and of its Constant nodes.
+
+    Those that share a place in a file count once; ``apart``: each by itself, as in a copy that ONNX Runtime writes.
+    """
     seen: dict[object, tuple[int, int, bool]] = {}
     for index, tensor in enumerate(constants(proto)):
         place = {entry.key: entry.value for entry in tensor.external_data}
-        identity = (place.get("location"), place.get("offset", "0")) if place.get("location") else index
+        shares = bool(place.get("location")) and not apart
+        identity = (place.get("location"), place.get("offset", "0")) if shares else index
         size = math.prod(tensor.dims)
         rope = any(part in tensor.name.lower() for part in ("cos", "sin"))
         seen[identity] = (size, tensor_nbytes(tensor.data_type, tuple(tensor.dims)), rope)
