@@ -85,7 +85,8 @@ def export(
         str | None, typer.Option(metavar="int8|int4", help="Weights of few bits, a scale for every block of inputs.")
     ] = None,
     group: Annotated[
-        int | None, typer.Option(metavar="16|32|64|128", help="--quantize: weights that share a scale (default 32).")
+        int | None,
+        typer.Option(metavar="16|32|64|128", help="--quantize: weights that share a scale (int8: 16, int4: 32)."),
     ] = None,
     quantize_head: Annotated[
         str | None, typer.Option(metavar="int8|int4", help="--quantize: the head and the embedding (default int8).")

@@ -13,7 +13,8 @@ BITS = {"int8": 8, "int4": 4}
 #: Weights that share a scale, along the input features. Below 16 no kernel of ONNX Runtime takes them.
 GROUPS = (16, 32, 64, 128)
 ROUNDINGS = ("auto", "calibrated", "nearest")
-DEFAULT_GROUP = 32
+#: Where --group is not given. Activations are rounded in the same blocks, which is most of what int8 loses.
+DEFAULT_GROUPS = {"int8": 16, "int4": 32}
 #: A matrix with fewer elements stays as it is: it lies in the cache of a core whatever its width.
 MIN_ELEMENTS = 2048
 #: Matrices that `--quantize int4` leaves at 8 bits, because of what they cost at 4 (docs/quantisation.md): the MLP's
@@ -35,7 +36,7 @@ class Quantisation:
     """
 
     bits: int
-    group: int = DEFAULT_GROUP
+    group: int = DEFAULT_GROUPS["int4"]
     head_bits: int = 8
     rounding: str = "auto"
     texts: tuple[Path, ...] = ()
@@ -47,7 +48,7 @@ class Quantisation:
     def named(
         cls,
         name: str,
-        group: int = DEFAULT_GROUP,
+        group: int | None = None,
         head: str | None = None,
         rounding: str = "auto",
         texts: tuple[Path, ...] = (),
@@ -56,12 +57,13 @@ class Quantisation:
     ) -> Quantisation:
         """The settings of ``--quantize name --group group --quantize-head head --rounding rounding``.
 
-        ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a name, a group or a rounding that there
-        is not, and for an expression that is none.
+        ``group``: None: DEFAULT_GROUPS. ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a
+        name, a group or a rounding that there is not, and for an expression that is none.
         """
         for option, value in (("--quantize", name), ("--quantize-head", head or name)):
             if value not in BITS:
                 raise UsageError(f"{option} {value}: not a kind of integer of this version; choose int8 or int4.")
+        group = DEFAULT_GROUPS[name] if group is None else group
         if group not in GROUPS:
             raise UsageError(f"--group {group}: the kernels take blocks of {', '.join(map(str, GROUPS))}.")
         if rounding not in ROUNDINGS:
