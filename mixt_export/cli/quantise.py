@@ -66,5 +66,5 @@ def _hint(plan: ExportPlan) -> None:
     if narrow and plan.target.name == "ort" and plan.lowered.weights.dtype == "float32":
         typer.echo(
             f"the weights are {' and '.join(sorted(narrow))}, which ONNX Runtime's CPU does not multiply by: written "
-            "as float32, exactly, at twice the size; --quantize int8 takes about a quarter of that and decodes faster"
+            "as float32, exactly, at twice the size; --quantize int8 takes about a third of that and decodes faster"
         )

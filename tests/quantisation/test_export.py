@@ -53,6 +53,15 @@ def test_logits_are_those_of_pytorch_with_the_integers(dense: Path, tmp_path: Pa
         assert result.passed, result
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_quantised_matrices_count_as_the_numbers_they_stand_for(dense: Path, tmp_path: Path, kind: str) -> None:
+    """Neither scales nor pairs of codes in a byte make the graph larger or smaller than the model folder."""
+    quantised(dense, tmp_path / "out", kind)
+    found = redensified.run(context_of(tmp_path / "out", dense)).metrics
+    small = 0.01 * found["planned_constants"]  # tables of rotary angles
+    assert abs(found["constants"] - found["planned_constants"]) < small + 256 * 16
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_factors_of_a_low_rank_linear_are_quantised(dense: Path, tmp_path: Path, bits: int) -> None:
     """Ranks 17 and 20 end in a short block."""

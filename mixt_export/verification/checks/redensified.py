@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from mixt_export.verification.graph import ExportedGraph
 from mixt_export.verification.memory.optimised import optimised_elements
 from mixt_export.verification.memory.weights import checkpoint_size, count_weights, merged_elements
 from mixt_export.verification.options import VerifyOptions
+from mixt_export.verification.quantised import matrices_of
 from mixt_export.verification.result import CheckResult
 
 NAME = "redensified"
@@ -36,6 +38,7 @@ def run(context: Weighed) -> CheckResult:
     """Compare numbers of constants, not bytes: the CPU runtime widens float16 weights to float32 by itself."""
     context.close()  # its memory is needed for the optimiser's copy
     weights = count_weights(context.graph.proto)
+    numbers = weights.elements + _packed(context)
     stored = checkpoint_size(context.reference, context.graph.layers).elements
     merged = merged_elements(
         context.reference,
@@ -47,19 +50,27 @@ def run(context: Weighed) -> CheckResult:
     held = count_weights(context.graph.proto, apart=True).elements
     optimised = optimised_elements(context.graph, context.options.threads)
     reason = ""
-    if weights.elements > _SLACK * (planned + weights.rope_elements) + _SMALL:
-        reason = f"the graph holds {weights.elements} constants where the model folder has {stored}"
+    if numbers > _SLACK * (planned + weights.rope_elements) + _SMALL:
+        reason = f"the graph holds {numbers} constants where the model folder has {stored}"
         reason += f" and merging was planned to add {merged}" if merged else ""
     elif optimised > _SLACK * held + _SMALL:
         reason = f"onnxruntime's optimiser turns {held} constants into {optimised}: it multiplies factors back together"
     metrics = {
-        "constants": weights.elements,
+        "constants": numbers,
         "planned_constants": planned,
         "merged_constants": merged,
         "optimised_constants": optimised,
         "weight_bytes": weights.nbytes,
     }
     return CheckResult(NAME, TITLE, not reason, reason, metrics=dict(metrics))
+
+
+def _packed(context: Weighed) -> int:
+    """What quantised matrices hold beyond the constants that codes and scales are: codes of 4 bits lie in pairs."""
+    return sum(
+        matrix.rows * matrix.columns - prod(matrix.codes.dims) - prod(matrix.scales.dims)
+        for matrix in matrices_of(context.graph, context.manifest).values()
+    )
 
 
 def _declared(manifest: Mapping[str, Any], what: str) -> dict[str, str]:
