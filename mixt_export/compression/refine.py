@@ -26,6 +26,10 @@ Refine = Callable[[int, nn.Module, nn.Module, torch.Tensor, torch.Tensor], None]
 """Block index, original block, replaced block, X and X' at its input: trains the replaced block in place."""
 
 
+#: Windows by which it is judged whether training helped.
+_JUDGED = 8
+
+
 @dataclass(frozen=True)
 class RefineSettings:
     """``steps`` of ``batch`` windows each. ``matrix_rate``: relative step length of factors that are matrices;
@@ -55,7 +59,7 @@ class RefineSettings:
 
 @dataclass(frozen=True)
 class RefineReport:
-    """``before``, ``after``: mean relative loss over the windows of the first and of the last tenth of the steps.
+    """``before``, ``after``: mean relative loss over the same few windows; equal where the training was undone.
 
     ``seconds``: of CPU time of this process; ``tokens``: trained on, repetitions counted.
     """
@@ -102,8 +106,9 @@ def refine_block(
     by token, mean_t ||o_t - y_t||² / (||y_t - x_t||² + ||x'_t - x_t||²) with x in ``original``, x' in ``compressed``
     and y = dense(x): by what the block adds and what it inherits. First tokens of a window have norms tens of times the
     others': absolute errors would be theirs alone, and so would errors by what the block adds, which to them is next
-    to nothing, once an earlier block has their norm wrong. Equal arguments give equal parameters on one machine.
-    Raises UsageError when ``replaced`` has nothing to train.
+    to nothing, once an earlier block has their norm wrong. Training that raised the loss, judged on a few windows
+    spread over all, is undone. Equal arguments give equal parameters on one machine. Raises UsageError when
+    ``replaced`` has nothing to train.
     """
     began = time.process_time()
     trained = trainable(replaced)
@@ -112,22 +117,34 @@ def refine_block(
     targets = _Targets(model, index, dense, original, settings)
     named = {str(position): parameter for position, parameter in enumerate(trained)}
     optimiser = Optimiser(named, settings.matrix_rate, settings.learning_rate)
-    losses = []
+
+    def loss_on(part: torch.Tensor) -> torch.Tensor:
+        wanted = targets.of(part)
+        scale = (wanted - original[part]).square().sum(-1) + (compressed[part] - original[part]).square().sum(-1)
+        found = model.run(replaced, index, compressed[part])
+        floor = 1e-6 * (scale.mean() or wanted.square().sum(-1).mean())  # a block that adds nothing has no scale
+        return ((found - wanted).square().sum(-1) / scale.clamp_min(floor)).mean()
+
+    @torch.no_grad()
+    def judged() -> float:
+        windows = torch.linspace(0, len(original) - 1, min(_JUDGED, len(original))).long()
+        return sum(float(loss_on(window[None])) for window in windows) / len(windows)
+
+    begun, before = [parameter.detach().clone() for parameter in trained], judged()
     with fast_products(), torch.enable_grad(), gradients_for(replaced, trained):
         for step, part in enumerate(draws(len(original), settings.batch, settings.steps, seed)):
-            wanted = targets.of(part)
-            scale = (wanted - original[part]).square().sum(-1) + (compressed[part] - original[part]).square().sum(-1)
-            found = model.run(replaced, index, compressed[part])
-            floor = 1e-6 * (scale.mean() or wanted.square().sum(-1).mean())  # a block that adds nothing has no scale
-            loss = ((found - wanted).square().sum(-1) / scale.clamp_min(floor)).mean()
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss_on(part))
             optimiser.step(schedule(step, settings.steps, settings.warm_up, settings.final))
-            losses.append(float(loss.detach()))
-    tenth = max(1, len(losses) // 10)
+    after = judged()
+    if not after < before:
+        after = before
+        with torch.no_grad():
+            for parameter, value in zip(trained, begun, strict=True):
+                parameter.copy_(value)
     return RefineReport(
         index,
-        sum(losses[:tenth]) / tenth,
-        sum(losses[-tenth:]) / tenth,
+        before,
+        after,
         settings.steps,
         settings.steps * min(settings.batch, len(original)) * original.shape[1],
         round(time.process_time() - began, 3),

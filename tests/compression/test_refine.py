@@ -99,6 +99,16 @@ def test_a_token_whose_norm_is_lost_does_not_drown_the_others(model: BlockwiseMo
         assert report.after < 2.0
 
 
+def test_training_that_raises_the_loss_is_undone(model: BlockwiseModel) -> None:
+    with model.block(BLOCK) as dense:
+        block = replaced_block(model, dense)
+        begun = [value.detach().clone() for value in block.parameters()]
+        settings = RefineSettings(steps=4, batch=2, matrix_rate=30.0)
+        report = refine_block(model, BLOCK, dense, block, *streams(), settings, 0)
+        assert report.after == report.before
+        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), begun, strict=True))
+
+
 def test_equal_seeds_give_equal_factors(model: BlockwiseModel) -> None:
     made = []
     with model.block(BLOCK) as dense:
