@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--low-rank", type=Path, help="a model folder to use as the low rank model")
     parser.add_argument("--reuse", action="store_true", help="keep files and perplexities of an earlier run")
     given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error("--rounds: at least 2, ratios have quartiles")
     python, missing = environment(given.folder / "venv")
     work = given.folder / "models"
     work.mkdir(parents=True, exist_ok=True)

@@ -99,10 +99,10 @@ class GenAI:
             options = ort.SessionOptions()
             options.intra_op_num_threads = 1
             self._session = ort.InferenceSession(self._path / "model.onnx", options)
-        feeds: dict[str, Any] = {}
-        for value in self._session.get_inputs():
-            if value.name.startswith("past_key_values"):
-                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        sizes = json.loads((self._path / "genai_config.json").read_text())["model"]["decoder"]
+        empty = np.zeros((1, sizes["num_key_value_heads"], 0, sizes["head_size"]), np.float32)
+        names = [value.name for value in self._session.get_inputs()]
+        feeds: dict[str, Any] = {name: empty for name in names if name.startswith("past_key_values")}
         tokens = np.asarray([ids], np.int64)
         given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
         found: NDArray[np.float32] = self._session.run(["logits"], {**feeds, **given})[0][0]

@@ -25,12 +25,15 @@ def make(contender: Contender) -> dict[str, Any]:
     spent = [measured(command) for command in contender.commands]
     folder, single = contender.path, contender.path.is_file()
     files = [folder] if single else sorted(path for path in folder.glob(contender.files) if path.is_file())
+    size = round(sum(path.stat().st_size for path in files) / 1e6, 1)
+    if not spent:
+        return {"export": None, "file_mb": size}
     cost = {
         "wall_s": round(sum(usage.wall for usage in spent), 2),
         "cpu_s": round(sum(usage.cpu for usage in spent), 2),
         "peak_rss_mb": round(max(usage.peak_rss for usage in spent) / 1e6),
     }
-    return {"export": cost if spent else None, "file_mb": round(sum(path.stat().st_size for path in files) / 1e6, 1)}
+    return {"export": cost, "file_mb": size}
 
 
 def quality(python: Path, contender: Contender, texts: dict[str, Sequence[Sequence[int]]]) -> dict[str, float]:
