@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints.paths import own_file
 from mixt_export.errors import UsageError
 
 MODEL_FILE = "model.onnx"
@@ -109,9 +110,12 @@ def open_encoder_graph(folder: Path) -> ExportedGraph:
 
 
 def _read(folder: Path) -> onnx.ModelProto:
-    """model.onnx without its weights, its external paths checked."""
-    path = folder / MODEL_FILE
-    if not path.is_file():
+    """model.onnx without its weights, its external paths checked.
+
+    Raises CheckpointError where it is a link out of the folder, or no regular file.
+    """
+    path = own_file(folder, MODEL_FILE)
+    if path is None:
         raise UsageError(f"{folder}: holds no {MODEL_FILE}; give a folder that `mixt export` wrote.")
     if path.stat().st_size > _MAX_GRAPH_BYTES:
         raise UsageError(f"{path}: {path.stat().st_size} bytes is too large for a graph without weights; export again.")
@@ -138,10 +142,29 @@ def all_nodes(proto: onnx.ModelProto) -> Iterable[onnx.NodeProto]:
         yield from function.node
 
 
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers, dense and sparse, and attributes, of functions and inner graphs too."""
+    graphs = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        for graph in graphs:
+            nodes += graph.node
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+        attributes = [attribute for node in nodes for attribute in node.attribute]
+        graphs, nodes = [], []
+        for attribute in attributes:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            graphs += [attribute.g, *attribute.graphs]
+
+
 def check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
     """Raise UsageError unless every weight file lies inside the model's folder."""
     root = path.parent.resolve()
-    for tensor in proto.graph.initializer:
+    for tensor in _tensors(proto):
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
         if location is None:
             continue

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from mixt_export.errors import UsageError
+from mixt_export.errors import CheckpointError, UsageError
 from mixt_export.verification.checks.chunked_prefill import splits
-from mixt_export.verification.graph import instrument, open_graph
+from mixt_export.verification.graph import check_external_paths, instrument, open_graph
 from mixt_export.verification.session import ExportedRunner
 from tests.verification.handmade import write_handmade
 
@@ -117,3 +117,29 @@ def test_left_padding_of_the_portable_dialect(model: Path, tmp_path: Path) -> No
     assert ids.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert runner.grow(mask).tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_graph_that_is_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.onnx").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="leads out of the model folder"):
+        open_graph(folder)
+
+
+def test_no_tensor_of_an_inner_graph_or_a_function_points_outside() -> None:
+    def outside(name: str) -> onnx.TensorProto:
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=[1])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../secret")
+        return tensor
+
+    inner = onnx.helper.make_graph([], "inner", [], [], initializer=[outside("a")])
+    branch = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    constant = onnx.helper.make_node("Constant", [], ["z"], value=outside("b"))
+    function = onnx.helper.make_function("d", "f", [], ["z"], [constant], [])
+    for nodes, functions in (([branch], []), ([constant], []), ([], [function])):
+        graph = onnx.helper.make_graph(nodes, "g", [], [])
+        with pytest.raises(UsageError, match="points outside the folder"):
+            check_external_paths(onnx.helper.make_model(graph, functions=functions), Path("/nowhere/model.onnx"))
