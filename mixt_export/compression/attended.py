@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mixt_export.compression.blocks import BlockwiseModel
-from mixt_export.compression.statistics import Gram, Reached
+from mixt_export.compression.statistics import Gram, Reached, hooks
 
 #: Last name of a value projection -> of the linear beside it that reads all heads.
 _OUTPUTS = {"v_proj": ("o_proj", "out_proj")}
@@ -64,19 +64,16 @@ def mixed_gram(
         raise Reached
 
     pieces = _Pieces(value)
-    handle = layer.get_submodule(value.output).register_forward_pre_hook(hear)
-    try:
-        with _in_place_of(layer, value.name, pieces):
-            for window in range(len(hidden)):
-                for begin in range(0, value.features, value.width):
-                    pieces.begin = begin
-                    with suppress(Reached):
-                        model.run(layer, index, hidden[window : window + 1])
-                mixed = torch.cat(caught, dim=-1)[..., : value.features]
-                caught.clear()
-                into.add(mixed.reshape(-1, value.features))
-    finally:
-        handle.remove()
+    hearing = hooks([layer.get_submodule(value.output).register_forward_pre_hook(hear)])
+    with hearing, _in_place_of(layer, value.name, pieces):
+        for window in range(len(hidden)):
+            for begin in range(0, value.features, value.width):
+                pieces.begin = begin
+                with suppress(Reached):
+                    model.run(layer, index, hidden[window : window + 1])
+            mixed = torch.cat(caught, dim=-1)[..., : value.features]
+            caught.clear()
+            into.add(mixed.reshape(-1, value.features))
 
 
 class _Pieces(nn.Module):
@@ -138,9 +135,5 @@ def listening_at_heads(
 
         return attach
 
-    handles = [layer.get_submodule(v.output).register_forward_pre_hook(listener(v.name)) for v in values]
-    try:
+    with hooks(layer.get_submodule(v.output).register_forward_pre_hook(listener(v.name)) for v in values):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

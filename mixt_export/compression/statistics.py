@@ -78,7 +78,7 @@ def input_groups(block: nn.Module, linears: Sequence[str], run: Callable[[], obj
 
         return hear
 
-    with _hooks(block.get_submodule(name).register_forward_pre_hook(listener(name)) for name in linears):
+    with hooks(block.get_submodule(name).register_forward_pre_hook(listener(name)) for name in linears):
         run()
     heard = {name for _, names in seen for name in names}
     missing = [name for name in linears if name not in heard]
@@ -96,7 +96,7 @@ def listening(
     def listener(index: int) -> Callable[..., None]:
         return lambda _module, inputs: hear(index, inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
 
-    with _hooks(
+    with hooks(
         block.get_submodule(group.linears[0]).register_forward_pre_hook(listener(index))
         for index, group in enumerate(groups)
     ):
@@ -115,7 +115,7 @@ def listening_to_gradients(
 
         return attach
 
-    with _hooks(block.get_submodule(name).register_forward_hook(listener(name)) for name in linears):
+    with hooks(block.get_submodule(name).register_forward_hook(listener(name)) for name in linears):
         yield
 
 
@@ -124,7 +124,8 @@ class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass t
 
 
 @contextmanager
-def _hooks(handles: Any) -> Iterator[None]:
+def hooks(handles: Any) -> Iterator[None]:
+    """While open, the hooks behind ``handles`` are in place."""
     held = list(handles)
     try:
         yield

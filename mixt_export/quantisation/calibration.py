@@ -76,7 +76,7 @@ def _round(
     for name in due:
         target = targets[name]
         value = matrices[name].T if target.transposed else matrices[name]
-        known = None if target.nearest else moments.get(name)
+        known = moments[name] if name in calibrated_ones else None
         if known is None:
             blocks = nearest(value, target.bits, target.group)
         else:

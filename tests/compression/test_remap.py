@@ -22,14 +22,6 @@ SETTINGS = Settings(windows=6, window=32, batch=2)
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    rng = np.random.default_rng(0)
-    path.write_text("".join(rng.choice(list("abcdefgh \nßé"), 2000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def packed(tmp_path: Path, text: Path) -> Path:
     model = write_tiny(tmp_path / "model")
     given: dict[str, Any] = {"keep": 0.6, "calib": [text], "settings": SETTINGS, "evaluate": False}
