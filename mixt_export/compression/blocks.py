@@ -196,7 +196,11 @@ class BlockwiseModel:
                 f"{self.checkpoint.path}: tensor {weight!r} has shape {shape}, expected a matrix; download or write "
                 "the model again."
             )
-        return shape[::-1] if weight in self._transposed else shape
+        return shape[::-1] if self.flipped(name) else shape
+
+    def flipped(self, name: str) -> bool:
+        """Whether the checkpoint holds the weight of the linear ``name`` as (in, out), as GPT-2's does."""
+        return f"{name}.weight" in self._transposed
 
     def _parts(self) -> tuple[list[nn.Module], nn.Module]:
         """Blocks and final norm: by the names of the family, else where most decoders have them."""

@@ -43,6 +43,16 @@ def truncated(weight: np.ndarray, rank: int) -> np.ndarray:
     return np.asarray((u[:, :rank] * s[:rank]) @ v[:rank], np.float32)
 
 
+def test_an_edited_matrix_keeps_its_layout(tmp_path: Path) -> None:
+    """GPT-2 stores its linears as (in, out); the truncated matrix goes back the same way."""
+    source, name = write_tiny(tmp_path / "gpt2", "gpt2"), "transformer.h.2.mlp.c_fc.weight"
+    weight = next(iter(load_file(path) for path in source.glob("*.safetensors")))[name]
+    assert weight.shape[0] != weight.shape[1]
+    make(source, tmp_path / "out", search=False, rho=[0.8], blocks="2", include=["c_fc"])
+    stored = load_file(tmp_path / "out" / "model.safetensors")[name]
+    np.testing.assert_allclose(stored, truncated(weight, int(0.8 * min(weight.shape))), atol=1e-6)
+
+
 def test_without_a_search_all_are_truncated(tmp_path: Path, model: Path) -> None:
     """0.25 saves parameters and becomes factors; 0.8 would not, and becomes the truncated matrix itself."""
     name = "model.layers.2.mlp.up_proj"

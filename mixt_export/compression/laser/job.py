@@ -184,14 +184,15 @@ class LaserJob(Job):
         ]
 
     def _edited(self, name: str, rank: int, scratch: Scratch) -> NewTensor:
-        """The truncated matrix itself, where factors would be larger than it."""
-        dtype = self.checkpoint.store[f"{name}.weight"].ref.dtype
-        return NewTensor(
-            f"{name}.weight",
-            dtype,
-            self.shape(name),
-            lambda: _product(scratch, name, rank).astype(numpy_dtype(dtype)),
-        )
+        """The truncated matrix itself, where factors would be larger than it, in the layout that it is stored in."""
+        stored = self.checkpoint.store[f"{name}.weight"].ref
+        flipped = self.model.flipped(name)
+
+        def produce() -> np.ndarray[Any, Any]:
+            product = _product(scratch, name, rank)
+            return np.ascontiguousarray(product.T if flipped else product).astype(numpy_dtype(stored.dtype))
+
+        return NewTensor(f"{name}.weight", stored.dtype, stored.shape, produce)
 
 
 def _product(scratch: Scratch, name: str, rank: int) -> np.ndarray[Any, Any]:

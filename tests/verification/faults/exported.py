@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,13 @@ class _Json:
 
     def __exit__(self, *_: object) -> None:
         self._path.write_text(json.dumps(self._data))
+
+
+def first(found: Iterable[str], what: str) -> str:
+    """The first name of ``found``; NotApplicable where there is none."""
+    for name in found:
+        return name
+    raise NotApplicable(f"no {what}")
 
 
 def rewired(node: onnx.NodeProto, old: str, new: str) -> None:

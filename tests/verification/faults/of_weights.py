@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from tests.verification.faults.exported import Exported, NotApplicable, rewired
+from tests.verification.faults.exported import Exported, NotApplicable, first, rewired
 
 UP, DOWN = ("up_proj", "c_fc", "fc_in"), ("down_proj", "c_proj", "fc_out")
 
@@ -43,11 +43,11 @@ def _low_rank(x: Exported, layer: int) -> list[str]:
 
 def swapped_cores(x: Exported, layer: int) -> None:
     ours, theirs = _factors(x, layer)[-1], _factors(x, layer, "gate_proj")[-1]
-    first, second = x.value(ours), x.value(theirs)
-    if first.shape != second.shape:
+    mine, other = x.value(ours), x.value(theirs)
+    if mine.shape != other.shape:
         raise NotApplicable("cores of other shapes")
-    x.put(ours, second)
-    x.put(theirs, first)
+    x.put(ours, other)
+    x.put(theirs, mine)
 
 
 def transposed_core(x: Exported, layer: int) -> None:
@@ -87,7 +87,7 @@ def flipped_sign(x: Exported, layer: int) -> None:
 
 
 def dropped_bias(x: Exported, layer: int) -> None:
-    name = next(name for name in x.constants(".bias", layer) if "proj" in name or "attn" in name)
+    name = first((one for one in x.constants(".bias", layer) if "proj" in one or "attn" in one), "bias of a linear")
     x.put(name, np.zeros_like(x.value(name)))
 
 
@@ -97,7 +97,7 @@ def norm_plus_one_forgotten(x: Exported, layer: int) -> None:
 
 
 def norm_weights_off(x: Exported, layer: int) -> None:
-    name = next(name for name in x.constants(".weight", layer) if "norm" in name or "ln_" in name)
+    name = first((one for one in x.constants(".weight", layer) if "norm" in one or "ln_" in one), "weights of a norm")
     x.put(name, np.ones_like(x.value(name)))
 
 
@@ -206,15 +206,15 @@ def rotary_table_end(x: Exported, _layer: int) -> None:
 
 
 def query_norm_lost(x: Exported, layer: int) -> None:
-    name = next(name for name in x.constants("", layer) if "q_norm.weight" in name)
+    name = first((one for one in x.constants("", layer) if "q_norm.weight" in one), "norm of queries")
     x.put(name, np.ones_like(x.value(name)))
 
 
 def swapped_experts(x: Exported, layer: int) -> None:
-    first, second = (x.constants(f"experts.{index}.down_proj.weight", layer)[0] for index in (0, 1))
-    ours, theirs = x.value(first), x.value(second)
-    x.put(first, theirs)
-    x.put(second, ours)
+    ours, theirs = (x.constants(f"experts.{index}.down_proj.weight", layer)[0] for index in (0, 1))
+    mine, other = x.value(ours), x.value(theirs)
+    x.put(ours, other)
+    x.put(theirs, mine)
 
 
 def wrong_embedding_scale(x: Exported, _layer: int) -> None:
