@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixt_export.building.toolkit import toolkit
+from mixt_export.checkpoints import Checkpoint
 from mixt_export.progress import SILENT, Progress
 from mixt_export.verification.tokens import PROMPTS, encode, open_tokenizer
 from mixt_export.verification.torch_model import TorchModel
@@ -45,17 +46,18 @@ class _Run:
     cache: Floats
 
 
-def record_golden(model_dir: Path, exported: Path, output: Path, *, progress: Progress = SILENT) -> None:
+def record_golden(reference: Path | Checkpoint, exported: Path, output: Path, *, progress: Progress = SILENT) -> None:
     """Write golden.json and .npy files for the exported folder ``exported`` into the new folder ``output``.
 
-    ``model_dir``: the folder it was exported from. Three sequences, each a prompt and the tokens that PyTorch chooses
-    after it; random tokens where there is no tokenizer. Raises MissingDependencyError without torch or transformers.
+    ``reference``: the model that it was exported from. Three sequences, each a prompt and the tokens that PyTorch
+    chooses after it; random tokens where there is no tokenizer. Raises MissingDependencyError without torch or
+    transformers.
     """
     manifest = toolkit("manifest").read_manifest(exported)
     golden = toolkit("golden")
     output.mkdir(parents=True)
     with progress.task("recording golden tensors", total=2 * _CASES) as advance:
-        model = TorchModel(model_dir, layers=manifest.layers)
+        model = TorchModel(reference, layers=manifest.layers)
         prompts = _prompts(exported, model.vocab_size, manifest)
         steps = min(_STEPS, manifest.max_seq_len - 1)
         sequences = [_continued(model, prompt, steps) for prompt in prompts]
@@ -66,7 +68,7 @@ def record_golden(model_dir: Path, exported: Path, output: Path, *, progress: Pr
         tolerance = {"logits": _FLOAT32_TOLERANCE, "norms": _FLOAT32_TOLERANCE}
         if manifest.dtype != "float32":
             del model
-            rounded = TorchModel(model_dir, dtype=manifest.dtype, layers=manifest.layers)
+            rounded = TorchModel(reference, dtype=manifest.dtype, layers=manifest.layers)
             tolerance = _tolerance(runs, [_run(rounded, tokens) for tokens in sequences])
         advance(_CASES)
     cases = []

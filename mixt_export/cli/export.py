@@ -86,7 +86,7 @@ def export(
     ] = None,
     group: Annotated[
         int | None,
-        typer.Option(metavar="16|32|64|128", help="--quantize: weights that share a scale (int8: 16, int4: 32)."),
+        typer.Option(metavar="16|32|64|128", help="--quantize: weights that share a scale (int8 16, int4 32, trt 64)."),
     ] = None,
     quantize_head: Annotated[
         str | None, typer.Option(metavar="int8|int4", help="--quantize: the head and the embedding (default int8).")

@@ -38,17 +38,20 @@ def quantisation_from(
 
 def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None) -> None:
     """How many matrices became integers, and what that cost where it was measured."""
+    from mixt_export.lower.weights import itemsize
+
     quantised = plan.quantised
     if quantised is None:
         _hint(plan)
         return
     settings, matrices = quantised.settings, quantised.matrices.values()
-    floats = 4 * sum(matrix.rows * matrix.columns for matrix in matrices)
+    floats = itemsize(plan.lowered.weights.dtype) * sum(matrix.rows * matrix.columns for matrix in matrices)
     wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
     apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
+    blocks = "with a scale for each output" if settings.bits == 8 and plan.trt else f"in groups of {settings.group}"
+    table = plan.lowered.weights.dtype if settings.head_bits is None else f"int{settings.head_bits}"
     typer.echo(
-        f"int{settings.bits} weights in groups of {settings.group} "
-        f"(head and embedding int{settings.head_bits}{apart}): "
+        f"int{settings.bits} weights {blocks} (head and embedding {table}{apart}): "
         f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
     )
     loss = (manifest or {}).get("quantisation", {}).get("loss")

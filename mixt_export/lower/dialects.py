@@ -106,7 +106,7 @@ DIALECTS = {
         Dialect(
             name="trt10",
             opset=20,
-            operators={"": _TRT_BASIC | _EXPERTS | {"Loop"}, MIXT_DOMAIN: frozenset("*")},
+            operators={"": _TRT_BASIC | _EXPERTS | {"DequantizeLinear", "Loop"}, MIXT_DOMAIN: frozenset("*")},
             padding="left",
             shared_buffer=False,
             norm="decomposed",
@@ -120,7 +120,9 @@ DIALECTS = {
             name="trt11",
             opset=23,
             operators={
-                "": _TRT_BASIC | _EXPERTS | {"Loop", "Attention", "RotaryEmbedding", "RMSNormalization"},
+                "": _TRT_BASIC
+                | _EXPERTS
+                | {"DequantizeLinear", "Loop", "Attention", "RotaryEmbedding", "RMSNormalization"},
                 MIXT_DOMAIN: frozenset("*"),
             },
             padding="left",

@@ -13,19 +13,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mixt_export.errors import UnsupportedError
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, MIXT_DOMAIN
 from mixt_export.lower.decoder import LoweredModel
 from mixt_export.lower.dialects import Dialect, check_dialect
 from mixt_export.lower.quantised_matrix import QuantisedMatrix, Reader, Rounded, Use
 from mixt_export.lower.quantised_nbits import write_nbits
 from mixt_export.lower.quantised_standard import write_dequantised
-from mixt_export.lower.weights import Weights
+from mixt_export.lower.weights import DTYPES, Weights
+from mixt_export.quantisation.layouts import Layout
 from mixt_export.quantisation.settings import Quantisation
 
 
 def find_matrices(
-    lowered: LoweredModel, settings: Quantisation, embedding: str
+    lowered: LoweredModel, settings: Quantisation, embedding: str, layout: Layout
 ) -> dict[str, tuple[QuantisedMatrix, list[Use]]]:
     """The matrices of ``lowered`` worth quantising, by name of their initializer, and where each is read.
 
@@ -33,6 +33,7 @@ def find_matrices(
     along the same axis, and when it has ``settings.min_elements`` elements and a whole block of inputs. Windows of a
     MixT and cores merged or moved for a chain stay as they are: they are small, and lie in a cache whatever they are.
     So does a core that other matrices of the graph are made of as well: a tensor has one value, whoever reads it.
+    ``layout`` says which blocks the dialect's products take.
     """
     functions = {identifier: _operands(function) for identifier, function in lowered.model.functions.items()}
     readers = Counter(
@@ -40,10 +41,12 @@ def find_matrices(
         for name in lowered.model.graph.initializers
         for part in {*lowered.weights.parts.get(name, ()), *lowered.weights.sources.get(name, ())}
     )
+    dtype = lowered.weights.dtype
+    scale_dtype = dtype if layout.positive or dtype != "float32" else ""
     found = {}
     for name, value in lowered.model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or value.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
+        if tensor is None or value.dtype != DTYPES[dtype] or len(tensor.shape) != 2:
             continue
         uses = [_use(node, index, functions) for node, index in value.uses()]
         layouts = {use.transposed for use in uses if use is not None}
@@ -54,17 +57,17 @@ def find_matrices(
         columns, rows = sizes if transposed else sizes[::-1]
         lookup = any(use is not None and use.node.op_type == "Gather" for use in uses)
         table = lookup or any(use is not None and (use.node.name or "").startswith("/lm_head/") for use in uses)
-        if (lookup and name != embedding) or rows * columns < settings.min_elements or columns < settings.group:
+        if (lookup and name != embedding) or (table and not layout.tables) or rows * columns < settings.min_elements:
             continue
-        if lookup and columns % settings.group:
+        bits, group = layout.fitted(settings.bits_of(name, table), settings.group, columns)
+        if columns < group or (lookup and columns % group):
             continue
-        bits = settings.bits_of(name, table)
         read = _reader(lowered.weights, tensor, transposed)
         parts = lowered.weights.parts.get(name, ())
         if (not parts and not name.endswith(".dense")) or any(readers[part] > 1 for part in parts):
             continue
         flipped = transposed != (name in lowered.weights.flipped)
-        matrix = QuantisedMatrix(name, rows, columns, transposed, bits, settings.group, parts, flipped, table, read)
+        matrix = QuantisedMatrix(name, rows, columns, transposed, bits, group, parts, flipped, table, scale_dtype, read)
         found[name] = (matrix, [use for use in uses if use is not None])
     return found
 
@@ -75,15 +78,7 @@ def quantise(
     found: Mapping[str, tuple[QuantisedMatrix, list[Use]]],
     rounded: Rounded,
 ) -> None:
-    """Replace the matrices ``found`` in ``lowered`` by blocks; their bytes come from ``rounded`` when they are written.
-
-    Raises UnsupportedError for a dialect that has no such operators.
-    """
-    write = _WRITERS.get(dialect.name)
-    if write is None:
-        raise UnsupportedError(
-            f"--quantize: the dialect {dialect.name} has no weights of few bits; export for another target."
-        )
+    """Replace the matrices ``found`` in ``lowered`` by blocks, whose bytes come from ``rounded`` when written."""
     model, weights = lowered.model, lowered.weights
     kept = {
         name: value.const_value
@@ -92,7 +87,7 @@ def quantise(
     }
     for name, tensor in weights.rearrange(kept).items():
         model.graph.initializers[name].const_value = tensor
-    write(lowered, found, rounded)
+    _WRITERS[dialect.name](lowered, found, rounded)
     for name in found:
         del model.graph.initializers[name]
     called = {node.op_identifier() for node in model.graph.all_nodes()}
@@ -144,6 +139,8 @@ def _operands(function: ir.Function) -> dict[int, str]:
 _WRITERS: dict[str, Callable[[LoweredModel, Mapping[str, tuple[QuantisedMatrix, list[Use]]], Rounded], None]] = {
     "ort": write_nbits,
     "portable": write_dequantised,
+    "trt10": write_dequantised,
+    "trt11": write_dequantised,
 }
 
 __all__ = ["QuantisedMatrix", "Rounded", "Use", "find_matrices", "quantise"]

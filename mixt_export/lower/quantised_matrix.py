@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mixt_export.lower.weights import itemsize
 from mixt_export.quantisation.blocks import Blocks, distance, nbytes
 
 Reader = Callable[[], np.ndarray[Any, Any]]
@@ -21,7 +22,8 @@ class QuantisedMatrix:
     ``name``: of the float initializer in whose place it stands. ``transposed``: that one was (columns, rows).
     ``parts``: the stored tensors that it holds, stacked along their first axis, which is its rows, or with ``flipped``
     its columns; none where it is the dense matrix of a factorised linear. ``embedding``: it is the table of the token
-    embedding, or the head. ``read()``: the float matrix as (rows, columns).
+    embedding, or the head. ``scale_dtype``: in which its scales are exact and positive; where it is empty they are any
+    float32. ``read()``: the float matrix as (rows, columns), in the graph's dtype.
     """
 
     name: str
@@ -33,12 +35,18 @@ class QuantisedMatrix:
     parts: tuple[str, ...]
     flipped: bool
     embedding: bool
+    scale_dtype: str
     read: Reader = field(compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(nbytes(self.rows, self.columns, self.bits, self.group))
+        return sum(nbytes(self.rows, self.columns, self.bits, self.group, itemsize(self.scale_dtype or "float32")))
+
+    @property
+    def by_row(self) -> bool:
+        """Whether it has one scale for each output."""
+        return self.group == self.columns and not self.embedding
 
     @property
     def codes_name(self) -> str:
@@ -64,12 +72,14 @@ class Use:
 class Rounded:
     """Blocks by name of the matrix: those that a calibration ``known``, else by ``fallback`` when first asked for.
 
+    ``read``: the weights (rows, columns) that the blocks stand for, at float32, which ``fallback`` is given as well.
     ``errors``: filled in as they are: ``error``, the relative Frobenius error, and ``steps``, the largest error of an
     element in units of its scale (docs/format.md).
     """
 
-    fallback: Callable[[QuantisedMatrix], Blocks]
+    fallback: Callable[[QuantisedMatrix, np.ndarray[Any, Any]], Blocks]
     known: Callable[[str], Blocks | None] = lambda _name: None
+    read: Callable[[QuantisedMatrix], np.ndarray[Any, Any]] = lambda matrix: matrix.read()
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     _last: tuple[str, Blocks] | None = None
 
@@ -77,8 +87,9 @@ class Rounded:
         """Codes and scales of ``matrix``; the last ones asked for are kept, as codes and scales are written apart."""
         if self._last is None or self._last[0] != matrix.name:
             self._last = None
-            found = self.known(matrix.name) or self.fallback(matrix)
-            self.errors[matrix.name] = distance(found, matrix.read())
+            values = self.read(matrix)
+            found = self.known(matrix.name) or self.fallback(matrix, values)
+            self.errors[matrix.name] = distance(found, values)
             self._last = (matrix.name, found)
         return self._last[1]
 

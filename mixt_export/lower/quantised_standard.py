@@ -7,11 +7,13 @@ does; another computes the matrix. A table of rows is looked up as integers, so 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints.dtypes import numpy_dtype
 from mixt_export.lower.decoder import LoweredModel
 from mixt_export.lower.precision import dims
 from mixt_export.lower.quantised_matrix import QuantisedMatrix, Rounded, Use, initializer
@@ -23,7 +25,7 @@ _KINDS = {4: ("int4", ir.DataType.INT4), 8: ("int8", ir.DataType.INT8)}
 def write_dequantised(
     lowered: LoweredModel, found: Mapping[str, tuple[QuantisedMatrix, list[Use]]], rounded: Rounded
 ) -> None:
-    """Put DequantizeLinear with blocks (opset 21) in front of what reads the matrices ``found``."""
+    """Put DequantizeLinear in front of what reads the matrices ``found``: with blocks (opset 21), or a scale a row."""
     for matrix, uses in found.values():
         codes, scales = _initializers(lowered, matrix, rounded)
         products = [use for use in uses if use.node.op_type != "Gather"]
@@ -35,16 +37,18 @@ def write_dequantised(
 
 
 def _initializers(lowered: LoweredModel, matrix: QuantisedMatrix, rounded: Rounded) -> tuple[ir.Value, ir.Value]:
-    """Codes in the layout of the matrix they stand for, and scales with its axis of inputs in blocks."""
+    """Codes in the layout of the matrix they stand for, and scales with its axis of inputs in blocks, or without it."""
     blocks, flip = count(matrix.columns, matrix.group), matrix.transposed
     sizes = (matrix.rows, matrix.columns), (matrix.rows, blocks)
-    shape, scale_shape = (size[::-1] if flip else size for size in sizes)
+    shape, blocked = (size[::-1] if flip else size for size in sizes)
+    scale_shape = (matrix.rows,) if matrix.by_row else blocked
     kind, _ = _KINDS[matrix.bits]
     weights = lowered.weights
 
-    def values() -> NDArray[np.float32]:
+    def values() -> NDArray[Any]:
         found = rounded.blocks(matrix).scales
-        return np.ascontiguousarray(found.T) if flip else found
+        found = np.ascontiguousarray(found.T) if flip else found
+        return found.astype(numpy_dtype(weights.dtype))
 
     codes = weights.packed(
         matrix.codes_name, shape, kind, lambda: packed_tensor(rounded.blocks(matrix), transposed=flip)
@@ -61,7 +65,7 @@ def _dequantise(
     node = ir.node(
         "DequantizeLinear",
         [codes, scales],
-        attributes={"axis": 0 if matrix.transposed else 1, "block_size": matrix.group},
+        attributes=_granularity(matrix),
         name=f"{matrix.name}/DequantizeLinear",
         outputs=[result],
     )
@@ -70,6 +74,12 @@ def _dequantise(
     for reader, index in list(value.uses()):
         if reader in readers:
             reader.replace_input_with(index, result)
+
+
+def _granularity(matrix: QuantisedMatrix) -> dict[str, int]:
+    """The axis along which blocks lie, or that of the outputs where each has a scale of its own."""
+    inputs = 0 if matrix.transposed else 1
+    return {"axis": 1 - inputs} if matrix.by_row else {"axis": inputs, "block_size": matrix.group}
 
 
 def _lookup(matrix: QuantisedMatrix, gather: ir.Node, codes: ir.Value, scales: ir.Value) -> None:

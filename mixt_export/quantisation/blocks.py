@@ -92,10 +92,10 @@ def distance(blocks: Blocks, matrix: NDArray[Any]) -> dict[str, float]:
     return {"error": (error / norm) ** 0.5 if norm else 0.0, "steps": steps}
 
 
-def nbytes(rows: int, columns: int, bits: int, group: int) -> tuple[int, int]:
-    """Bytes of the packed codes and of the float32 scales of an (N, K) matrix."""
+def nbytes(rows: int, columns: int, bits: int, group: int, scale: int = 4) -> tuple[int, int]:
+    """Bytes of the packed codes and of the scales, of ``scale`` bytes each, of an (N, K) matrix."""
     blocks = count(columns, group)
-    return rows * blocks * (group * bits // 8), rows * blocks * 4
+    return rows * blocks * (group * bits // 8), rows * blocks * scale
 
 
 def packed_nbits(blocks: Blocks) -> Codes:
@@ -150,4 +150,5 @@ def unpacked_tensor(
     codes = flat.reshape(shape[::-1] if transposed else shape)
     if transposed:
         codes, scales = codes.T, scales.T
+    scales = scales.reshape(shape[0], -1)  # of one scale a row there is but one axis
     return Blocks(np.ascontiguousarray(codes), np.ascontiguousarray(scales), bits, group)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixt_export.quantisation.blocks import Blocks, count, zero_point
-from mixt_export.quantisation.nearest import best_scales
+from mixt_export.quantisation.nearest import best_scales, representable
 
 #: Part of the mean second moment that is added to each. Measured on held-out tokens: at less, wide matrices fit the few
 #: thousand tokens of a calibration instead of the inputs behind them (docs/quantisation.md).
@@ -29,20 +29,30 @@ _PIECE = 1 << 22
 Wide = NDArray[np.float64]
 
 
-def calibrated(matrix: NDArray[Any], gram: Wide, bits: int, group: int, *, damping: float = DAMPING) -> Blocks:
-    """Blocks of ``matrix`` (N, K) that keep ``matrix`` · x for inputs x of second moments ``gram`` (K, K) = Σ x xᵀ."""
+def calibrated(
+    matrix: NDArray[Any], gram: Wide, bits: int, group: int, *, damping: float = DAMPING, scale_dtype: str = ""
+) -> Blocks:
+    """Blocks of ``matrix`` (N, K) that keep ``matrix`` · x for inputs x of second moments ``gram`` (K, K) = Σ x xᵀ.
+
+    ``scale_dtype``: scales are positive and exact in that dtype.
+    """
     rows, columns = matrix.shape
     moments = _damped(gram, damping)
     order = np.argsort(-np.diag(moments), kind="stable")
     upper = _inverse_factor(moments[np.ix_(order, order)])
     exact = np.asarray(matrix, np.float64)
-    scales = best_scales(np.asarray(matrix, np.float32), bits, group, np.diag(moments)).astype(np.float64)
+    positive = bool(scale_dtype)
+    found = best_scales(np.asarray(matrix, np.float32), bits, group, np.diag(moments), positive=positive)
+    scales = (representable(found, scale_dtype) if positive else found).astype(np.float64)
     codes = _sweep(exact, upper, order, scales, bits, group)
     step = max(_PIECE // (columns * count(columns, group)), 1)
     for _ in range(ROUNDS):
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
-            scales[part] = _solved_scales(exact[part], moments, codes[part], scales[part], group)
+            solved = _solved_scales(exact[part], moments, codes[part], scales[part], group)
+            if positive:
+                solved = representable(np.where(solved > 0, solved, scales[part]), scale_dtype).astype(np.float64)
+            scales[part] = solved
         codes = _descend(exact, moments, codes, scales, bits, group)
     return Blocks((codes + zero_point(bits)).astype(np.uint8), scales.astype(np.float32), bits, group)
 

@@ -21,12 +21,16 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix to round: ``transposed`` when the graph holds it as (inputs, outputs). ``nearest``: no calibration."""
+    """A matrix to round: ``transposed`` when the graph holds it as (inputs, outputs). ``nearest``: no calibration.
+
+    ``scale_dtype``: scales are positive and exact in that dtype.
+    """
 
     bits: int
     group: int
     transposed: bool
     nearest: bool = False
+    scale_dtype: str = ""
 
 
 def calibrate(
@@ -78,9 +82,10 @@ def _round(
         value = matrices[name].T if target.transposed else matrices[name]
         known = moments[name] if name in calibrated_ones else None
         if known is None:
-            blocks = nearest(value, target.bits, target.group)
+            blocks = nearest(value, target.bits, target.group, scale_dtype=target.scale_dtype)
         else:
-            blocks = stacked([calibrated(value[rows], gram, target.bits, target.group) for rows, gram in known])
+            bits, group, kind = target.bits, target.group, target.scale_dtype
+            blocks = stacked([calibrated(value[rows], gram, bits, group, scale_dtype=kind) for rows, gram in known])
         keep(name, blocks)
         rounded = dequantised(blocks)
         matrices[name] = np.ascontiguousarray(rounded.T if target.transposed else rounded)

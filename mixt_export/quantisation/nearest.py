@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mixt_export.checkpoints.dtypes import numpy_dtype
 from mixt_export.quantisation.blocks import Blocks, count, zero_point
 
 #: Candidates: the element of largest magnitude reaches the end of the range, or is cut off by up to so much.
@@ -15,10 +17,13 @@ _SHRINK = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72), 8: (1.0,)}
 _PIECE = 1 << 21
 
 
-def nearest(matrix: NDArray[Any], bits: int, group: int, importance: NDArray[Any] | None = None) -> Blocks:
+def nearest(
+    matrix: NDArray[Any], bits: int, group: int, importance: NDArray[Any] | None = None, *, scale_dtype: str = ""
+) -> Blocks:
     """Blocks of ``matrix`` (N, K) with every element rounded to the nearest code of its block's scale.
 
-    ``importance`` (K,): how much the square of an error in each input counts, all the same by default.
+    ``importance`` (K,): how much the square of an error in each input counts, all the same by default. ``scale_dtype``:
+    scales are positive and exact in that dtype.
     """
     rows, columns = matrix.shape
     codes = np.empty((rows, columns), np.uint8)
@@ -26,19 +31,25 @@ def nearest(matrix: NDArray[Any], bits: int, group: int, importance: NDArray[Any
     step = max(_PIECE // max(columns, 1), 1)
     for begin in range(0, rows, step):
         part = np.asarray(matrix[begin : begin + step], np.float32)
-        found = best_scales(part, bits, group, importance)
+        found = best_scales(part, bits, group, importance, positive=bool(scale_dtype))
+        found = representable(found, scale_dtype) if scale_dtype else found
         scales[begin : begin + step] = found
         codes[begin : begin + step] = rounded(part, found, bits, group)
     return Blocks(codes, scales, bits, group)
 
 
 def best_scales(
-    matrix: NDArray[np.float32], bits: int, group: int, importance: NDArray[Any] | None = None
+    matrix: NDArray[np.float32],
+    bits: int,
+    group: int,
+    importance: NDArray[Any] | None = None,
+    *,
+    positive: bool = False,
 ) -> NDArray[np.float32]:
     """(N, ceil(K / group)) float32: per block the candidate with the least weighted square error.
 
     A scale may be negative: then the largest magnitude meets the end of the range that reaches one further (-8 of
-    -8 … 7).
+    -8 … 7), unless ``positive``.
     """
     blocks = blocked(matrix, group)
     weight = None if importance is None else blocked(np.asarray(importance, np.float32)[None], group)
@@ -50,12 +61,21 @@ def best_scales(
     for end in (-low, high):
         for shrink in _SHRINK[bits]:
             scale = extreme * np.float32(shrink / end)
+            scale = np.abs(scale) if positive else scale
             error = blocks - _steps(blocks, scale[..., None], bits) * scale[..., None]
             error *= error
             loss = (error if weight is None else error * weight).sum(axis=-1)
             better = loss < least
             best[better], least[better] = scale[better], loss[better]
     return best
+
+
+def representable(scales: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Positive ``scales`` rounded to ``dtype``, none of them to zero: the least is the smallest normal number."""
+    kind = numpy_dtype(dtype)
+    least = float(ml_dtypes.finfo(kind).smallest_normal)
+    found: NDArray[np.float32] = np.maximum(np.abs(scales), least).astype(kind).astype(np.float32)
+    return found
 
 
 def rounded(matrix: NDArray[np.float32], scales: NDArray[np.float32], bits: int, group: int) -> NDArray[np.uint8]:

@@ -13,8 +13,8 @@ BITS = {"int8": 8, "int4": 4}
 #: Weights that share a scale, along the input features. Below 16 no kernel of ONNX Runtime takes them.
 GROUPS = (16, 32, 64, 128)
 ROUNDINGS = ("auto", "calibrated", "nearest")
-#: Where --group is not given. Activations are rounded in the same blocks, which is most of what int8 loses.
-DEFAULT_GROUPS = {"int8": 16, "int4": 32}
+#: Of the head and the embedding, where they are quantised and nothing was asked.
+HEAD_BITS = 8
 #: A matrix with fewer elements stays as it is: it lies in the cache of a core whatever its width.
 MIN_ELEMENTS = 2048
 #: Matrices that `--quantize int4` leaves at 8 bits, because of what they cost at 4 (docs/quantisation.md): the MLP's
@@ -29,6 +29,7 @@ NOTHING = "none"
 class Quantisation:
     """Weight-only quantisation: ``bits`` and ``group`` of the linears, ``head_bits`` of the head and the embedding.
 
+    ``group`` and ``head_bits`` None: what is best for the target, see layouts.Layout.
     ``rounding``: "nearest", "calibrated" (by the second moments of what each matrix reads), or "auto": calibrated
     where ONNX Runtime and a tokenizer are at hand. ``texts``: what to calibrate on, by default the shipped texts.
     ``measure``: whether the export measures what is lost. ``min_elements``: smaller matrices stay as they are.
@@ -36,8 +37,8 @@ class Quantisation:
     """
 
     bits: int
-    group: int = DEFAULT_GROUPS["int4"]
-    head_bits: int = 8
+    group: int | None = None
+    head_bits: int | None = None
     rounding: str = "auto"
     texts: tuple[Path, ...] = ()
     measure: bool = True
@@ -57,14 +58,13 @@ class Quantisation:
     ) -> Quantisation:
         """The settings of ``--quantize name --group group --quantize-head head --rounding rounding``.
 
-        ``group``: None: DEFAULT_GROUPS. ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a
+        ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a
         name, a group or a rounding that there is not, and for an expression that is none.
         """
         for option, value in (("--quantize", name), ("--quantize-head", head or name)):
             if value not in BITS:
                 raise UsageError(f"{option} {value}: not a kind of integer of this version; choose int8 or int4.")
-        group = DEFAULT_GROUPS[name] if group is None else group
-        if group not in GROUPS:
+        if group is not None and group not in GROUPS:
             raise UsageError(f"--group {group}: the kernels take blocks of {', '.join(map(str, GROUPS))}.")
         if rounding not in ROUNDINGS:
             raise UsageError(f"--rounding {rounding}: choose one of {', '.join(ROUNDINGS)}.")
@@ -75,10 +75,10 @@ class Quantisation:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--int8-for {pattern}: is no regular expression ({error}).") from error
-        return cls(BITS[name], group, BITS[head] if head else 8, rounding, texts, measure, int8_for=wide)
+        return cls(BITS[name], group, BITS[head] if head else None, rounding, texts, measure, int8_for=wide)
 
     def bits_of(self, matrix: str, embedding: bool) -> int:
         """Bits of the ``matrix`` of a linear, or of the table of the embedding and the head."""
         if embedding:
-            return self.head_bits
+            return self.head_bits or HEAD_BITS
         return 8 if any(re.search(pattern, matrix) for pattern in self.int8_for) else self.bits

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mixt_export.errors import UsageError
+from mixt_export.lower.quantised import QuantisedMatrix
 from mixt_export.progress import Progress
 from mixt_export.quantisation import Blocks
 from mixt_export.quantisation.calibration import Target, calibrate, logits_of
@@ -53,6 +54,7 @@ class FloatGraph:
     """The graph of ``plan``, which is not quantised, with logits of every position, and its weights by name."""
 
     def __init__(self, plan: ExportPlan) -> None:
+        self.positions = plan.max_seq_len
         self.model = _every_position(ir.serde.serialize_model(plan.lowered.model))
         self._readers = {
             name: plan.lowered.weights.reader(value.const_value)
@@ -64,6 +66,11 @@ class FloatGraph:
         """The value of an initializer in the graph's layout."""
         value: NDArray[Any] = self._readers[name]()
         return value
+
+    def matrix(self, matrix: QuantisedMatrix) -> NDArray[Any]:
+        """The values (rows, columns) of a matrix that is quantised."""
+        value = self.read(matrix.name)
+        return value.T if matrix.transposed else value
 
 
 def _every_position(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -85,12 +92,13 @@ def calibrate_plan(
     """
     from mixt_export.compression.texts import calibration_windows, default_texts
 
-    windows, _ = calibration_windows(source, texts or default_texts(), WINDOWS, WINDOW, _vocabulary(graph.model))
+    length = min(WINDOW, graph.positions)
+    windows, _ = calibration_windows(source, texts or default_texts(), WINDOWS, length, _vocabulary(graph.model))
     scratch = tempfile.TemporaryDirectory(prefix=".rounding-", dir=folder)
     store = _Store(Path(scratch.name), plan)
     wide = plan.settings.bits == 8  # else calibration gains nothing at 8 bits, and was not asked for
     targets = {
-        name: Target(m.bits, m.group, m.transposed, nearest=m.bits == 8 and not wide)
+        name: Target(m.bits, m.group, m.transposed, nearest=m.bits == 8 and not wide, scale_dtype=m.scale_dtype)
         for name, m in plan.matrices.items()
     }
     try:
@@ -139,8 +147,9 @@ def measured_loss(graph: FloatGraph, folder: Path, progress: Progress) -> dict[s
     tokenizer = open_tokenizer(folder)
     if tokenizer is None:
         return None
+    length = min(_LOSS_WINDOW, graph.positions)
     windows = [
-        tokens[index * _LOSS_WINDOW : (index + 1) * _LOSS_WINDOW]
+        tokens[index * length : (index + 1) * length]
         for tokens in (encode(tokenizer, read_text(path)) for path in EVALUATION.values())
         for index in range(_LOSS_WINDOWS)
     ]

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from mixt_export.checkpoints import Checkpoint, check_finite, open_checkpoint
 from mixt_export.checkpoints.strictjson import load_object, load_optional
 from mixt_export.errors import UsageError
@@ -19,7 +17,7 @@ from mixt_export.lower import LoweredModel, factors_of, lower_decoder
 from mixt_export.lower.overflow import Extremes, islands_for
 from mixt_export.lower.precision import Islands
 from mixt_export.lower.weights import itemsize
-from mixt_export.plan import CPU, Device, FormPlan
+from mixt_export.plan import CPU, Device, FormPlan, Gpu
 from mixt_export.plan.variants import checked_mode
 from mixt_export.progress import SILENT, Progress
 from mixt_export.quantisation import Quantisation
@@ -102,11 +100,12 @@ def plan_export(
     memory_budget: int | None = None,
     variants: str = "auto",
     einsum: bool = False,
-    constants: Device = CPU,
+    constants: Device | Gpu = CPU,
     trt: TrtOptions | None = None,
     extremes: Extremes | None = None,
     quantisation: Quantisation | None = None,
     rewritten: Rewritten | None = None,
+    forms_at: str | None = None,
 ) -> ExportPlan:
     """Lower ``model_dir`` without reading a weight.
 
@@ -117,7 +116,8 @@ def plan_export(
     target trt by the costs of the board, or of an AGX Orin where none is named, else of the CPU ``constants``. trt:
     board and engine limits of target trt; extremes: what an overflow scan saw, which decides its float32 islands.
     quantisation: weights of few bits (docs/quantisation.md); forms are then chosen as for floats, without variants.
-    rewritten: ``model_dir`` behind the passes of targets.rewriting.
+    rewritten: ``model_dir`` behind the passes of targets.rewriting. forms_at: the numpy dtype by whose costs forms are
+    chosen, by default that of the export.
     Raises UsageError, CheckpointError, UnsupportedError, and ResourceError when nothing fits the memory budget.
     """
     chosen, options = _target(target, trt)
@@ -137,11 +137,12 @@ def plan_export(
         islands = named_islands(options.islands, decoder)
         if extremes is not None:
             islands = joined(islands, islands_for(extremes, decoder), decoder)
-    device = constants if settings is None else settings.board.gpu(itemsize(numpy_dtype))
+    costs = forms_at or numpy_dtype
+    device = constants if settings is None else settings.board.gpu(itemsize(costs))
     planned, lowered, weight_bytes = lower_planned(
         factors_of(decoder, checkpoint, chosen.dialect),
         FormOptions(optimize_for, forms, memory_budget, einsum, device, checked_mode(variants, chosen.dialect.typed)),
-        numpy_dtype,
+        costs,
         lambda plan: lower_decoder(
             decoder,
             checkpoint,
@@ -264,10 +265,10 @@ def export(
             if plan.quantised is None:
                 linked = _write(plan, folder, digests, progress)
             else:
-                floats = replan(quantisation=None, variants="none" if variants == "auto" else variants)
+                floats = replan(quantisation=None, **_as_floats(plan, variants))
                 linked = _write_quantised(plan, floats, source, folder, digests, progress)
             if plan.trt is not None:
-                _write_device(source, folder, plan.lowered.model, golden=verify, progress=progress)
+                _write_device(plan, source, folder, golden=verify, progress=progress)
             manifest = load_object(folder / FILE)
     result = ExportResult(output, plan, manifest, linked, time.monotonic() - began)
     if not verify:
@@ -278,15 +279,28 @@ def export(
     return ExportResult(output, plan, manifest, linked, time.monotonic() - began, report)
 
 
+def _as_floats(plan: ExportPlan, variants: str) -> dict[str, Any]:
+    """Options of plan_export for the graph of ``plan`` in float32, with the same matrices under the same names.
+
+    A TensorRT graph is that of the portable dialect there, whose attention is one node, in the forms of its board.
+    """
+    found: dict[str, Any] = {"dtype": "float32", "variants": "none" if variants == "auto" else variants}
+    if plan.trt is not None:
+        dtype = plan.lowered.weights.dtype
+        found |= {"target": "onnx", "trt": None, "forms_at": dtype, "constants": plan.trt.board.gpu(itemsize(dtype))}
+    return found
+
+
 def _write_quantised(
     plan: ExportPlan, floats: ExportPlan, source: Path, folder: Path, digests: dict[str, str], progress: Progress
 ) -> bool:
-    """`_write` behind the rounding of the weights; ``floats`` is the same plan with float weights."""
+    """`_write` behind the rounding of the weights; ``floats`` is the same plan with float32 weights and values."""
     from mixt_export.targets.calibrate import FloatGraph, calibrate_plan, measured_loss, wants_calibration
 
     assert plan.quantised is not None
     why_not = wants_calibration(plan.quantised, source)
     graph = FloatGraph(floats)
+    plan.quantised.rounded.read = graph.matrix
     if why_not:
         progress.note(f"weights are rounded to nearest: {why_not}")
         linked = _write(plan, folder, digests, progress)
@@ -325,17 +339,22 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
     return linked
 
 
-def _write_device(source: Path, folder: Path, model: ir.Model, *, golden: bool, progress: Progress) -> None:
-    """OUT/device of a TensorRT folder: the board's scripts, kernels and, with ``golden``, what PyTorch computes."""
+def _write_device(plan: ExportPlan, source: Path, folder: Path, *, golden: bool, progress: Progress) -> None:
+    """OUT/device of a TensorRT folder: the board's scripts, kernels and, with ``golden``, what PyTorch computes.
+
+    Kernels take float weights, so a graph of integers carries none; PyTorch computes with the weights they stand for.
+    """
     from mixt_export.building import record_golden, write_bundle
     from mixt_export.building.kernels.carry import carry_kernels
+    from mixt_export.verification.quantised import integers_of
 
     device = write_bundle(folder)
-    carried = carry_kernels(model, device, progress)
+    carried = carry_kernels(plan.lowered.model, device, progress) if plan.quantised is None else None
     if carried is not None:
         progress.note(carried.note)
     if golden:
-        record_golden(source, folder, device / "golden", progress=progress)
+        reference = source if plan.quantised is None else integers_of(folder, source)
+        record_golden(reference, folder, device / "golden", progress=progress)
 
 
 def _scans(plan: ExportPlan, options: TrtOptions | None, verify: bool) -> bool:

@@ -10,6 +10,7 @@ from mixt_export.errors import UsageError
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.quantised import QuantisedMatrix, Rounded, find_matrices, quantise
 from mixt_export.quantisation import Quantisation, nearest
+from mixt_export.quantisation.layouts import layout_of
 from mixt_export.targets.registry import Target
 
 
@@ -39,13 +40,19 @@ def check_quantisation(target: Target, dtype: str, memory_budget: int | None) ->
 
 def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settings: Quantisation) -> QuantisedPlan:
     """Quantise ``lowered`` in place. Raises UsageError when no matrix of it is large enough."""
-    found = find_matrices(lowered, settings, embedding)
+    layout = layout_of(target.dialect.name)
+    settings = layout.settled(settings)
+    found = find_matrices(lowered, settings, embedding, layout)
     if not found:
         raise UsageError(
-            f"--quantize: no matrix of this model has {settings.min_elements} elements and whole blocks of "
-            f"{settings.group} inputs; leave it out, or choose a smaller --group."
+            f"--quantize: no matrix of this model has {settings.min_elements} elements"
+            + (
+                f" and whole blocks of {settings.group} inputs; leave it out, or choose a smaller --group."
+                if settings.group
+                else "; leave it out."
+            )
         )
-    rounded = Rounded(lambda matrix: nearest(matrix.read(), matrix.bits, matrix.group))
+    rounded = Rounded(lambda matrix, values: nearest(values, matrix.bits, matrix.group, scale_dtype=matrix.scale_dtype))
     quantise(lowered, target.dialect, found, rounded)
     return QuantisedPlan(settings, {name: matrix for name, (matrix, _) in found.items()}, rounded)
 

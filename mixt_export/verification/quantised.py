@@ -18,13 +18,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mixt_export.checkpoints import Checkpoint
+from mixt_export.checkpoints import Checkpoint, open_checkpoint
 from mixt_export.checkpoints.overlay import Made, overlaid
 from mixt_export.checkpoints.store import TensorStore
+from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.network import Core, FactorizedLinear
 from mixt_export.quantisation.blocks import Blocks, dequantised, unpacked_nbits, unpacked_tensor
-from mixt_export.verification.graph import ExportedGraph, read_constant
+from mixt_export.verification.graph import ExportedGraph, open_graph, read_constant
 
 _PRODUCT = "MatMulNBits"
 _DENSE = ".dense"
@@ -212,6 +213,15 @@ def with_integers(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> Che
     for name, matrix in dense.items():
         made[f"{name}.weight"] = Made("float32", (matrix.rows, matrix.columns), matrix.stacked)
     return overlaid(_without(checkpoint, dense.keys()), made, _at_float32(checkpoint, dense.keys(), made))
+
+
+def integers_of(folder: Path, source: Path) -> Checkpoint:
+    """The model folder ``source`` with the weights that the integers of the export in ``folder`` stand for.
+
+    Raises UsageError as `matrices_of` and `with_integers`.
+    """
+    matrices = matrices_of(open_graph(folder), load_optional(folder / "mixt_manifest.json"))
+    return with_integers(open_checkpoint(source), matrices)
 
 
 def _without(checkpoint: Checkpoint, names: Set[str]) -> Checkpoint:

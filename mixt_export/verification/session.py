@@ -96,6 +96,7 @@ class ExportedRunner:
         values: Sequence[str] = (),
     ) -> None:
         self.graph = graph
+        self._all_positions = all_positions
         self._layers = [*(layer_outputs(graph) if layers else []), *values]
         proto = instrument(graph, values=self._layers) if all_positions else graph.proto
         self._past = [f"past_key_values.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
@@ -115,6 +116,9 @@ class ExportedRunner:
         feeds = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past, cache, strict=True))}
         wanted = [LOGITS, *self._layers, *(self._present if want_cache else [])]
         outputs = self._guarded(lambda: self.session.run(wanted, feeds))
+        expected = (len(ids), ids.shape[1] if self._all_positions else 1)
+        if outputs[0].shape[:-1] != expected:
+            raise RunFailed(f"its logits are of shape {outputs[0].shape}, expected {(*expected, 'vocabulary')}")
         split = 1 + len(self._layers)
         return Step(outputs[0].astype(np.float32, copy=False), outputs[1:split], outputs[split:])
 
@@ -189,9 +193,13 @@ class ExportedRunner:
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            text = " ".join(str(error).split())
-            raise RunFailed(text[:500]) from error
+            raise not_run(error) from error
 
 
 class RunFailed(Exception):  # noqa: N818 (it is an outcome of a check, not an error of the tool)
-    """The runtime refused or failed to run the graph; a check that meets it has failed, with this reason."""
+    """The runtime did not run the graph, or gave another shape; a check that meets it has failed, with this reason."""
+
+
+def not_run(error: Exception) -> RunFailed:
+    """What ``error`` of the runtime means for a check."""
+    return RunFailed(f"onnxruntime could not run it: {' '.join(str(error).split())[:500]}")

@@ -61,14 +61,14 @@ def _run_all(checks: list[Check], context: Context, progress: Progress) -> list[
 
 
 def _run(check: Check, context: Context) -> CheckResult:
-    """One check, timed; a runtime that refuses to run the graph fails the check instead of ending the program."""
+    """One check, timed; a graph that does not run as it should fails the check instead of ending the program."""
     from mixt_export.verification.session import RunFailed
 
     started = time.monotonic()
     try:
         result = check.run(context)
     except RunFailed as error:
-        result = CheckResult(check.name, check.title, False, f"onnxruntime could not run it: {error}")
+        result = CheckResult(check.name, check.title, False, str(error))
     return dataclasses.replace(result, seconds=time.monotonic() - started)
 
 

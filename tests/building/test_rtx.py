@@ -15,6 +15,7 @@ from mixt_export.building import build_engine
 from mixt_export.checkpoints import open_checkpoint
 from mixt_export.errors import ResourceError, UnsupportedError, UsageError
 from mixt_export.plan import forms_of
+from mixt_export.quantisation import Quantisation
 from mixt_export.targets import export
 from mixt_export.targets.trt import TrtOptions
 from tests.building.models import STRUCTURES, write_structure
@@ -54,6 +55,28 @@ def test_every_structure_is_parsed_and_compiled(
     assert len(report.log_memory["profiles"]) == len(stamp["profiles"])
     assert all(profile["activation_bytes"] > 0 for profile in report.log_memory["profiles"])
     assert report.log_memory["weights_bytes"] > 0 and report.layers > 50
+
+
+@pytest.mark.parametrize(("bits", "jetpack"), [(8, 6), (8, 7), (4, 7)])
+def test_integers_stay_integers_in_a_plan(tmp_path: Path, bits: int, jetpack: int) -> None:
+    """Not widened while the plan is built: its weights take what the folder's take, about half of float16's or less."""
+    model = write_structure(tmp_path / "source", "dense")
+    sizes = {}
+    few = Quantisation(bits, 16 if bits == 4 else None, rounding="nearest", measure=False)
+    for name, quantisation in (("float", None), ("few", few)):
+        result = export(
+            model, tmp_path / name, target="trt", dtype="fp16", max_seq_len=64, verify=False,
+            trt=TrtOptions(jetpack=jetpack, max_input_len=16), quantisation=quantisation,
+        )  # fmt: skip
+        (tmp_path / name / "device" / "golden").mkdir()
+        (tmp_path / name / "device" / "golden" / "golden.json").write_text("{}")
+        report = build_engine(tmp_path / name, backend="rtx", sm=86, profiles="one")
+        assert report.claim == "parsed and compiled by TensorRT-RTX (SM86 proxy)"
+        sizes[name] = report.log_memory["weights_bytes"]
+        assert sizes[name] < 1.1 * result.manifest["memory"]["weight_bytes"]
+    matrices = result.manifest["quantisation"]["matrices"].values()
+    floats = 2 * sum(each["shape"][0] * each["shape"][1] for each in matrices)
+    assert sizes["few"] < sizes["float"] - 0.4 * floats
 
 
 def test_a_train_decodes_one_token_exactly(tmp_path: Path) -> None:

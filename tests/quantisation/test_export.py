@@ -19,6 +19,7 @@ from mixt_export.progress import SILENT
 from mixt_export.quantisation import Quantisation
 from mixt_export.reference.linear import linear_module
 from mixt_export.targets import export
+from mixt_export.targets.trt import TrtOptions
 from mixt_export.verification.checks import int8_activations, quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
@@ -268,8 +269,8 @@ def test_options_that_do_not_go_together_are_refused(dense: Path, tmp_path: Path
         export(dense, tmp_path / "out", dtype="fp16", quantisation=settings, verify=False)
     with pytest.raises(UsageError, match="--memory-budget counts weights before"):
         export(dense, tmp_path / "out", memory_budget=10**9, quantisation=settings, verify=False)
-    with pytest.raises(UnsupportedError, match="--quantize: the dialect trt10"):
-        export(dense, tmp_path / "out", target="trt", quantisation=settings, verify=False)
+    with pytest.raises(UnsupportedError, match=r"--quantize int4: blocks of 4 bits .* choose --quantize int8"):
+        export(dense, tmp_path / "out", target="trt", trt=TrtOptions(jetpack=6), quantisation=settings, verify=False)
     with pytest.raises(UsageError, match="--group 48"):
         Quantisation.named("int4", 48)
     with pytest.raises(UsageError, match="--quantize int3"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from mixt_export.verification.assembling import minimum_tolerance
 from mixt_export.verification.checks import CHECKS, Check
 from mixt_export.verification.context import Context
 from mixt_export.verification.gate import OVERFLOW_TOLERANCE, DtypeCost, dtype_gate, float32_gate
+from mixt_export.verification.graph import instrument, open_graph
 from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.metrics import LogitsComparison
-from mixt_export.verification.session import RunFailed
+from mixt_export.verification.session import ExportedRunner, RunFailed
 
 
 def test_a_check_that_the_runtime_refuses_has_failed(model: Path, exported: Path) -> None:
@@ -26,6 +28,14 @@ def test_a_check_that_the_runtime_refuses_has_failed(model: Path, exported: Path
     assert not result.passed
     assert "no kernel for Mystery" in result.reason
     assert minimum_tolerance([result], 1e-5) is None
+
+
+def test_logits_of_another_shape_are_a_failure_and_no_crash(exported: Path) -> None:
+    """A graph that picks too many positions behind the last block."""
+    graph = open_graph(exported)
+    runner = ExportedRunner(replace(graph, proto=instrument(graph)), threads=1)
+    with pytest.raises(RunFailed, match=r"its logits are of shape \(1, 3, \d+\), expected \(1, 1, 'vocabulary'\)"):
+        runner.full(np.array([1, 2, 3], np.int64))
 
 
 def test_the_largest_needed_tolerance_is_the_minimum_that_passes() -> None:

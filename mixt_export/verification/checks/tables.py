@@ -16,7 +16,7 @@ from mixt_export.verification.locate import EMBEDDINGS
 from mixt_export.verification.lookups import rotary_tables
 from mixt_export.verification.result import CheckResult
 from mixt_export.verification.rounding_unit import TINY, UNIT
-from mixt_export.verification.session import RunFailed, start_session
+from mixt_export.verification.session import not_run, start_session
 
 NAME = "tables"
 TITLE = "All tokens and positions"
@@ -68,7 +68,7 @@ def _wrong_tokens(context: Context) -> tuple[list[int], float]:
         try:
             found = session.run([value], {name: array for name, array in feeds.items() if name in inputs})[0]
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise RunFailed(" ".join(str(error).split())[:500]) from error
+            raise not_run(error) from error
         errors, bars, norms = _rows(found[0], context.torch.embedded(ids), dtype)
         wrong += ids[~(errors <= bars)].tolist()
         ratios = errors / np.maximum(norms, 1e-30)

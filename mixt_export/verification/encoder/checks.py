@@ -84,7 +84,7 @@ def _judged(context: EncoderContext, name: str, title: str, run: Callable[[Encod
     try:
         totals = run(context)
     except RunFailed as error:
-        return CheckResult(name, title, False, f"onnxruntime could not run it: {error}")
+        return CheckResult(name, title, False, str(error))
     gate = context.gate
     reason = ""
     if totals.nonfinite:

@@ -21,7 +21,7 @@ from mixt_export.verification.gate import DtypeCost, Gate, dtype_gate, float32_g
 from mixt_export.verification.graph import ENCODER_LAYER, ExportedGraph, open_encoder_graph
 from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.options import VerifyOptions
-from mixt_export.verification.session import Ids, RunFailed, start_session
+from mixt_export.verification.session import Ids, not_run, start_session
 from mixt_export.verification.tokens import make_sequences, open_tokenizer
 
 HIDDEN, EMBEDDING = "last_hidden_state", "sentence_embedding"
@@ -109,7 +109,7 @@ class EncoderContext:
         try:
             states, embedding, *layers = self._session.run(wanted, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise RunFailed(" ".join(str(error).split())[:500]) from error
+            raise not_run(error) from error
         return states.astype(np.float32, copy=False), embedding.astype(np.float32, copy=False), layers
 
     def expected(self, tokens: Ids, segments: Ids | None = None) -> tuple[NDArray[np.float32], list[NDArray[Any]]]:

@@ -60,9 +60,9 @@ class Exported:
                 return node
         raise NotApplicable(name)
 
-    def linear(self, layer: int, last: str) -> list[onnx.NodeProto]:
+    def linear(self, layer: int, last: str, parts: tuple[str, ...] = ("self_attn", "mlp")) -> list[onnx.NodeProto]:
         """Nodes of a linear of block ``layer`` by its last name."""
-        for part in ("self_attn", "mlp"):
+        for part in parts:
             nodes = self.under(f"/model/layers.{layer}/{part}/{last}")
             if nodes:
                 return nodes
@@ -111,10 +111,10 @@ class Exported:
             raise NotApplicable(f"no constant *{suffix}")
         return found
 
-    def weights(self, layer: int, last: str) -> list[str]:
+    def weights(self, layer: int, last: str, parts: tuple[str, ...] = ("self_attn", "mlp")) -> list[str]:
         """Matrices of a linear, in the order in which its nodes read them."""
         known = {tensor.name: tensor for tensor in self.graph.initializer}
-        read = (name for node in self.linear(layer, last) for name in node.input)
+        read = (name for node in self.linear(layer, last, parts) for name in node.input)
         found = [name for name in read if name in known and len(known[name].dims) >= 2 and last in name]
         if not found:
             raise NotApplicable(f"no weights of {last}")

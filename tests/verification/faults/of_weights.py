@@ -12,12 +12,12 @@ UP, DOWN = ("up_proj", "c_fc", "fc_in"), ("down_proj", "c_proj", "fc_out")
 
 
 def _first(x: Exported, layer: int, names: tuple[str, ...]) -> list[str]:
+    """Matrices of the first of these linears that the MLP has."""
     for name in names:
         try:
-            found = x.weights(layer, name)
+            return x.weights(layer, name, ("mlp",))
         except NotApplicable:
             continue
-        return [one for one in found if ".attn." not in one]
     raise NotApplicable("no such linear")
 
 
