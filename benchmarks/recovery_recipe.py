@@ -1,6 +1,6 @@
 """The default recipe with recovery on SmolLM2: quality, seconds and memory of `mixt compress --keep K --recover`.
 
-python -m benchmarks.recovery_recipe [--keep 0.6 0.8 0.9] [--work DIR] [--windows 16] [--steps N]
+python -m benchmarks.recovery_recipe [--keep 0.6 0.8 0.9] [--work DIR] [--windows 16] [--steps N] [--seed S]
 
 Trained on the shipped calibration texts alone. Models stay in DIR: a row that is there is not made again, and a recipe
 that was interrupted goes on; CPU and wall seconds add up over its processes. The first row measures the calibration
@@ -31,22 +31,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("recipe-models"))
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     given.work.mkdir(parents=True, exist_ok=True)
     for keep in given.keep:
-        folder = given.work / f"keep-{keep:g}"
-        options = [] if given.steps is None else ["--recover-steps", str(given.steps)]
+        other = {"recover-steps": given.steps, "seed": given.seed or None}
+        other = {option: value for option, value in other.items() if value is not None}
+        options = [str(part) for option, value in other.items() for part in (f"--{option}", value)]
+        name = ", ".join([f"{keep:g}", *(f"{option} {value}" for option, value in other.items())])
+        folder = given.work / f"keep-{name.replace(', ', '-').replace(' ', '-')}"
         cache = ["--cache", given.work / "statistics"]
         command = ["compress", sample(), "-o", folder, "--keep", f"{keep:g}", "--recover", *options]
-        usage = given.work / f"keep-{keep:g}.json"
+        usage = given.work / f"{folder.name}.json"
         if not folder.exists():
             run(mixt(*command, *cache, "--resume"), usage)
         found = row(folder, keep, json.loads(usage.read_text())) | {
             "score": score(folder, given.windows),
             "command": " ".join(["mixt compress MODEL -o OUT", *map(str, command[4:])]),
         }
-        rows = _earlier() | {f"{keep:g}": found}
+        rows = _earlier() | {name: found}
         about = {"windows of 512 per text": given.windows, "texts": TEXTS, "aims": AIMS}
         publish("recovery_recipe", {**about, "rows": rows})  # after every row: an interrupted run keeps what it has
 

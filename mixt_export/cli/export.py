@@ -12,7 +12,7 @@ from mixt_export.cli.export_encoder import describe_encoder, predict_encoder
 from mixt_export.cli.export_trt import describe_trt, judge_fit
 from mixt_export.cli.options import from_toml
 from mixt_export.cli.passes import describe_passes
-from mixt_export.cli.quantise import describe_quantised, quantisation_from
+from mixt_export.cli.quantise import describe_quantised, int8_cache_from, quantisation_from
 
 if TYPE_CHECKING:
     from mixt_export.plan import FormPlan
@@ -102,6 +102,10 @@ def export(
         list[Path] | None,
         typer.Option(metavar="FILE", help="--quantize: UTF-8 text to calibrate on (default: the shipped). Repeatable."),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option("--kv-cache", metavar="int8", help="ort: keys and values at 8 bits, ranges from --calib."),
+    ] = None,
     no_loss: Annotated[
         bool, typer.Option("--no-loss", help="--quantize: do not measure what quantisation costs.")
     ] = False,
@@ -145,8 +149,10 @@ def export(
     budget = None if memory_budget is None else parse_bytes(memory_budget, "--memory-budget")
     quantisation = quantisation_from(
         quantize, calib, int8_for,
+        cache=kv_cache is not None,
         group=group, head=quantize_head, rounding=rounding, measure=False if no_loss else None,
     )  # fmt: skip
+    int8_cache = int8_cache_from(kv_cache, calib, no_loss)
     rewriting = Rewriting(balance, detect_low_rank)
     if dry_run:
         if detect_low_rank is not None:
@@ -171,6 +177,7 @@ def export(
             constants=constants,
             trt=trt,
             quantisation=quantisation,
+            int8_cache=int8_cache,
         )
         _describe(plan)
         if isinstance(plan, EncoderPlan):
@@ -199,6 +206,7 @@ def export(
         constants=constants,
         trt=trt,
         quantisation=quantisation,
+        int8_cache=int8_cache,
         rewriting=rewriting,
         overwrite=overwrite,
         verify=verify,

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from mixt_export.quantisation import Quantisation
+    from mixt_export.quantisation.cache import Int8Cache
     from mixt_export.targets import ExportPlan
 
 #: Argument -> option, where they differ in more than dashes.
@@ -16,9 +17,12 @@ _OPTIONS = {"head": "quantize-head", "texts": "calib", "measure": "no-loss", "in
 
 
 def quantisation_from(
-    kind: str | None, texts: list[Path] | None, int8_for: list[str] | None, **given: Any
+    kind: str | None, texts: list[Path] | None, int8_for: list[str] | None, *, cache: bool = False, **given: Any
 ) -> Quantisation | None:
-    """What --quantize and the options beside it ask for; UsageError for one of them without it."""
+    """What --quantize and the options beside it ask for; UsageError for one of them without it.
+
+    ``cache``: --kv-cache was given, which takes texts and measures a loss by itself.
+    """
     from mixt_export.errors import UsageError
     from mixt_export.quantisation import Quantisation
 
@@ -29,11 +33,23 @@ def quantisation_from(
     asked = {name: value for name, value in given.items() if value is not None}
     if kind is not None:
         return Quantisation.named(kind, **asked)
-    for name in asked:
+    for name in [name for name in asked if not (cache and name in ("texts", "measure"))]:
         raise UsageError(
             f"--{_OPTIONS.get(name, name)} is an option of --quantize; add --quantize int8 or int4, or leave it out."
         )
     return None
+
+
+def int8_cache_from(kind: str | None, texts: list[Path] | None, no_loss: bool) -> Int8Cache | None:
+    """What --kv-cache asks for; UsageError for another than int8."""
+    from mixt_export.errors import UsageError
+    from mixt_export.quantisation.cache import Int8Cache
+
+    if kind is None:
+        return None
+    if kind != "int8":
+        raise UsageError(f"--kv-cache {kind}: not a kind of cache of this version; choose int8, or leave it out.")
+    return Int8Cache(tuple(texts or ()), not no_loss)
 
 
 def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None) -> None:
@@ -43,18 +59,23 @@ def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None)
     quantised = plan.quantised
     if quantised is None:
         _hint(plan)
-        return
-    settings, matrices = quantised.settings, quantised.matrices.values()
-    floats = itemsize(plan.lowered.weights.dtype) * sum(matrix.rows * matrix.columns for matrix in matrices)
-    wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
-    apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
-    blocks = "with a scale for each output" if settings.bits == 8 and plan.trt else f"in groups of {settings.group}"
-    table = plan.lowered.weights.dtype if settings.head_bits is None else f"int{settings.head_bits}"
-    typer.echo(
-        f"int{settings.bits} weights {blocks} (head and embedding {table}{apart}): "
-        f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
-    )
-    loss = (manifest or {}).get("quantisation", {}).get("loss")
+    else:
+        settings, matrices = quantised.settings, quantised.matrices.values()
+        floats = itemsize(plan.lowered.weights.dtype) * sum(matrix.rows * matrix.columns for matrix in matrices)
+        wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
+        apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
+        blocks = "in groups of" if settings.group else "with a scale for each output"
+        table = plan.lowered.weights.dtype if settings.head_bits is None else f"int{settings.head_bits}"
+        typer.echo(
+            f"int{settings.bits} weights {blocks}{f' {settings.group}' if settings.group else ''} "
+            f"(head and embedding {table}{apart}): "
+            f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
+        )
+    if plan.cache is not None:
+        wide = plan.decoder.kv_bytes_per_token(itemsize(plan.lowered.weights.dtype))
+        typer.echo(f"int8 cache of keys and values: {wide:,} → {plan.kv_bytes_per_token:,} bytes per token")
+    written = manifest or {}
+    loss = written.get("quantisation", written.get("kv", {})).get("loss")
     if loss is not None:
         before, after = loss["perplexity_before"], loss["perplexity"]
         typer.echo(

@@ -26,6 +26,7 @@ from mixt_export.lower.variants import few_tokens
 from mixt_export.lower.weights import DTYPES, Weights
 from mixt_export.network import FactorizedLinear
 from mixt_export.plan import FormPlan, choose_forms
+from mixt_export.quantisation.cache import CacheScales
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,19 @@ def lower_decoder(
     max_seq_len: int,
     islands: Islands = Islands(),  # noqa: B008 (frozen)
     plan: FormPlan | None = None,
+    int8_cache: CacheScales | None = None,
 ) -> LoweredModel:
     """Build the graph of ``decoder`` with the weights of ``checkpoint``; no weight is read.
 
     dtype: "float32", "float16" or "bfloat16", of weights and activations; norm statistics are computed and logits
     returned in float32. max_seq_len: positions in the rotary tables. islands: what a typed dialect computes in float32
-    besides. plan: executable forms of the MixT linears, by default those of `choose_forms`.
+    besides. plan: executable forms of the MixT linears, by default those of `choose_forms`. int8_cache: keys and values
+    are cached at 8 bits with these scales (dialect ort).
     Raises CheckpointError when a tensor is missing or has another shape than config.json implies.
     """
     if plan is None:
         plan = choose_forms(factors_of(decoder, checkpoint, dialect))
-    lowering = _Lowering(decoder, Weights(checkpoint, dtype), dialect, max_seq_len, islands, plan)
+    lowering = _Lowering(decoder, Weights(checkpoint, dtype), dialect, max_seq_len, islands, plan, int8_cache)
     return lowering.run()
 
 
@@ -73,7 +76,14 @@ def factors_of(decoder: Decoder, checkpoint: Checkpoint, dialect: Dialect | None
 
 class _Lowering:
     def __init__(
-        self, decoder: Decoder, weights: Weights, dialect: Dialect, max_seq_len: int, islands: Islands, plan: FormPlan
+        self,
+        decoder: Decoder,
+        weights: Weights,
+        dialect: Dialect,
+        max_seq_len: int,
+        islands: Islands,
+        plan: FormPlan,
+        int8_cache: CacheScales | None,
     ) -> None:
         self.decoder = decoder
         dtype = DTYPES[weights.dtype]
@@ -97,13 +107,14 @@ class _Lowering:
         if plan.many:
             linears.many, linears.few_tokens = plan.many, few_tokens(builder, self.input_ids, plan.switch)
         mask = builder.input("attention_mask", int64, ["batch", "total"])
+        kind = dtype if int8_cache is None else ir.DataType.INT8
         cache: list[Dim] = ["batch", decoder.kv_heads, "past", decoder.head_dim]
         self.past = [
-            Cache(*(builder.input(f"past_key_values.{i}.{part}", dtype, cache) for part in ("key", "value")))
+            Cache(*(builder.input(f"past_key_values.{i}.{part}", kind, cache) for part in ("key", "value")))
             for i in range(len(decoder.blocks))
         ]
         self.attention: Attention = ATTENTIONS[dialect.name](
-            Inputs(builder, weights, decoder, self.input_ids, mask, max_seq_len, self.precision, islands)
+            Inputs(builder, weights, decoder, self.input_ids, mask, max_seq_len, self.precision, islands, int8_cache)
         )
 
     def run(self) -> LoweredModel:

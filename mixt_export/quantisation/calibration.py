@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +13,7 @@ from mixt_export.progress import SILENT, Progress
 from mixt_export.quantisation.blocks import Blocks, dequantised, stacked
 from mixt_export.quantisation.calibrated import calibrated
 from mixt_export.quantisation.nearest import nearest
-from mixt_export.quantisation.segments import Piece, Read, Runner, Values, blocks_of, cut
+from mixt_export.quantisation.segments import Piece, Read, Runner, Values, blocks_of, cut, inputs_of
 
 Ids = NDArray[np.int64]
 
@@ -50,7 +49,7 @@ def calibrate(
     matrices before them, as they will run later. A matrix whose input cannot be observed (the embedding's table) is
     rounded to nearest.
     """
-    states = [_inputs(model, window) for window in windows]
+    states = [inputs_of(model, window) for window in windows]
     tables: Values = {}
     count = 0
     with progress.task("rounding by calibration", len(blocks_of(model.graph.node))) as done:
@@ -130,7 +129,7 @@ def logits_of(
     model: onnx.ModelProto, read: Read, windows: Sequence[Ids], *, threads: int = 0
 ) -> Iterator[NDArray[np.float32]]:
     """Logits (length, vocab) of each window, block by block with the weights as they are."""
-    states = [_inputs(model, window) for window in windows]
+    states = [inputs_of(model, window) for window in windows]
     for piece in cut(model, (), ("logits",), read):
         if "logits" not in piece.gives:
             advance(piece, states, {}, threads)
@@ -138,19 +137,3 @@ def logits_of(
         runner = Runner(piece.model, threads)
         for state in states:
             yield runner.run({name: state[name] for name in piece.reads}, {})["logits"][0]
-
-
-def _inputs(model: onnx.ModelProto, window: Ids) -> Values:
-    """One sequence from an empty cache."""
-    found: dict[str, Any] = {}
-    for value in model.graph.input:
-        tensor = value.type.tensor_type
-        if value.name == "input_ids":
-            found[value.name] = window[None].astype(np.int64)
-        elif value.name == "attention_mask":
-            found[value.name] = np.ones((1, len(window)), np.int64)
-        else:
-            shape = [dim.dim_value for dim in tensor.shape.dim]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-            found[value.name] = np.zeros((1, shape[1], 0, shape[3]), dtype)
-    return found

@@ -180,3 +180,19 @@ class Runner:
         """All outputs by name."""
         found = self._session.run(self._names, {**values, **matrices})
         return dict(zip(self._names, found, strict=True))
+
+
+def inputs_of(model: onnx.ModelProto, window: NDArray[np.int64]) -> Values:
+    """What ``model`` is given for one sequence (length,) from an empty cache."""
+    found: dict[str, Any] = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        if value.name == "input_ids":
+            found[value.name] = window[None].astype(np.int64)
+        elif value.name == "attention_mask":
+            found[value.name] = np.ones((1, len(window)), np.int64)
+        else:
+            shape = [dim.dim_value for dim in tensor.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            found[value.name] = np.zeros((1, shape[1], 0, shape[3]), dtype)
+    return found

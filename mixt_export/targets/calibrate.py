@@ -18,6 +18,7 @@ from mixt_export.errors import UsageError
 from mixt_export.lower.quantised import QuantisedMatrix
 from mixt_export.progress import Progress
 from mixt_export.quantisation import Blocks
+from mixt_export.quantisation.cache import CacheScales, measure_cache
 from mixt_export.quantisation.calibration import Target, calibrate, logits_of
 from mixt_export.targets.quantise import QuantisedPlan
 
@@ -31,7 +32,7 @@ _LOSS_WINDOWS, _LOSS_WINDOW = 1, 256
 _LAST_POSITION = "/lm_head/last_position"
 
 
-def wants_calibration(plan: QuantisedPlan, source: Path) -> str:
+def why_nearest(plan: QuantisedPlan, source: Path) -> str:
     """Why this export is rounded to nearest, or an empty string when it is to be calibrated.
 
     Raises UsageError where calibration was asked for and cannot be done.
@@ -55,6 +56,7 @@ class FloatGraph:
 
     def __init__(self, plan: ExportPlan) -> None:
         self.positions = plan.max_seq_len
+        self.ropes = [block.attention.rope for block in plan.decoder.blocks]
         self.model = _every_position(ir.serde.serialize_model(plan.lowered.model))
         self._readers = {
             name: plan.lowered.weights.reader(value.const_value)
@@ -66,6 +68,13 @@ class FloatGraph:
         """The value of an initializer in the graph's layout."""
         value: NDArray[Any] = self._readers[name]()
         return value
+
+    def windows(self, source: Path, texts: Sequence[Path]) -> list[NDArray[np.int64]]:
+        """Tokens of ``texts``, or of the shipped ones. Raises UsageError, CheckpointError where they give none."""
+        from mixt_export.compression.texts import calibration_windows, default_texts
+
+        length, vocabulary = min(WINDOW, self.positions), _vocabulary(self.model)
+        return list(calibration_windows(source, texts or default_texts(), WINDOWS, length, vocabulary)[0])
 
     def matrix(self, matrix: QuantisedMatrix) -> NDArray[Any]:
         """The values (rows, columns) of a matrix that is quantised."""
@@ -82,6 +91,15 @@ def _every_position(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def calibrate_cache(
+    graph: FloatGraph, scales: CacheScales, source: Path, texts: Sequence[Path], progress: Progress
+) -> None:
+    """Measure the range of keys and values on ``texts``. Raises UsageError without a tokenizer."""
+    if not (source / "tokenizer.json").is_file():
+        raise UsageError(f"--kv-cache int8: {source} has no tokenizer.json, so there is no text to measure ranges on.")
+    measure_cache(graph.model, graph.read, graph.windows(source, texts), graph.ropes, scales, progress=progress)
+
+
 def calibrate_plan(
     graph: FloatGraph, plan: QuantisedPlan, source: Path, texts: Sequence[Path], folder: Path, progress: Progress
 ) -> tempfile.TemporaryDirectory[str]:
@@ -90,10 +108,7 @@ def calibrate_plan(
     The folder that is returned is to be cleaned up behind the writing. Raises UsageError, CheckpointError for texts
     that give no tokens of the model, ResourceError where a block does not fit into memory.
     """
-    from mixt_export.compression.texts import calibration_windows, default_texts
-
-    length = min(WINDOW, graph.positions)
-    windows, _ = calibration_windows(source, texts or default_texts(), WINDOWS, length, _vocabulary(graph.model))
+    windows = graph.windows(source, texts)
     scratch = tempfile.TemporaryDirectory(prefix=".rounding-", dir=folder)
     store = _Store(Path(scratch.name), plan)
     wide = plan.settings.bits == 8  # else calibration gains nothing at 8 bits, and was not asked for
@@ -102,7 +117,7 @@ def calibrate_plan(
         for name, m in plan.matrices.items()
     }
     try:
-        calibrate(graph.model, targets, graph.read, list(windows), store.keep, progress=progress)
+        calibrate(graph.model, targets, graph.read, windows, store.keep, progress=progress)
     except BaseException:
         scratch.cleanup()
         raise

@@ -13,7 +13,7 @@ from mixt_export.targets.export import ExportPlan, ExportResult
 from mixt_export.targets.export import export as export_decoder
 from mixt_export.targets.export import plan_export as plan_decoder
 
-_DECODERS_ONLY = ("trt", "variants", "quantisation", "rewriting")
+_DECODERS_ONLY = ("trt", "variants", "quantisation", "int8_cache", "rewriting")
 
 
 def export(model_dir: Path | str, output: Path | str, **options: Any) -> ExportResult:
@@ -39,6 +39,8 @@ def _for_encoder(options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("--variants: an encoder reads all its tokens at once; leave it out.")
     if options.get("quantisation") is not None:
         raise UnsupportedError("--quantize: encoders are exported with float weights only; leave it out.")
+    if options.get("int8_cache") is not None:
+        raise UnsupportedError("--kv-cache: an encoder keeps no keys and values; leave it out.")
     rewriting = options.get("rewriting")
     if rewriting is not None and rewriting.asked:
         raise UnsupportedError(f"{rewriting.asked}: knows decoders only, this model is an encoder; leave it out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,20 @@ from mixt_export.plan import CPU, Device, FormPlan, Gpu
 from mixt_export.plan.variants import checked_mode
 from mixt_export.progress import SILENT, Progress
 from mixt_export.quantisation import Quantisation
+from mixt_export.quantisation.cache import CacheScales, Int8Cache
 from mixt_export.staging import check_output, require_space, staged_folder
 from mixt_export.targets.files import initializer_bytes, write_json, write_model
 from mixt_export.targets.genai import genai_config
 from mixt_export.targets.manifest import FILE, build_manifest
 from mixt_export.targets.planning import FormOptions, lower_planned
-from mixt_export.targets.quantise import QuantisedPlan, check_quantisation, quantisation_entry, quantised_plan
+from mixt_export.targets.quantise import (
+    CachePlan,
+    QuantisedPlan,
+    check_int8_cache,
+    check_quantisation,
+    quantisation_entry,
+    quantised_plan,
+)
 from mixt_export.targets.registry import Target, dtype_named, target_named
 from mixt_export.targets.rewriting import Rewriting, Rewritten, behind_passes
 from mixt_export.targets.trt import TrtOptions, TrtSettings, dialect_for, joined, named_islands, settle
@@ -64,11 +73,18 @@ class ExportPlan:
     """The matrices that became blocks of integers."""
     passes: Mapping[str, Any] = field(default_factory=dict)
     """What passes over the checkpoint did, by their names."""
+    cache: CachePlan | None = None
+    """Keys and values at 8 bits."""
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values in the cache."""
+        return self.lowered.weights.dtype if self.cache is None else "int8"
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one token adds to the cache."""
-        return self.decoder.kv_bytes_per_token(itemsize(self.lowered.weights.dtype))
+        return self.decoder.kv_bytes_per_token(itemsize(self.cache_dtype))
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,7 @@ def plan_export(
     quantisation: Quantisation | None = None,
     rewritten: Rewritten | None = None,
     forms_at: str | None = None,
+    int8_cache: Int8Cache | None = None,
 ) -> ExportPlan:
     """Lower ``model_dir`` without reading a weight.
 
@@ -117,7 +134,7 @@ def plan_export(
     board and engine limits of target trt; extremes: what an overflow scan saw, which decides its float32 islands.
     quantisation: weights of few bits (docs/quantisation.md); forms are then chosen as for floats, without variants.
     rewritten: ``model_dir`` behind the passes of targets.rewriting. forms_at: the numpy dtype by whose costs forms are
-    chosen, by default that of the export.
+    chosen, by default that of the export. int8_cache: keys and values at 8 bits (docs/quantisation.md).
     Raises UsageError, CheckpointError, UnsupportedError, and ResourceError when nothing fits the memory budget.
     """
     chosen, options = _target(target, trt)
@@ -125,6 +142,9 @@ def plan_export(
     if quantisation is not None:
         check_quantisation(chosen, numpy_dtype, memory_budget)
         variants = "none" if variants == "auto" else variants
+    if int8_cache is not None:
+        check_int8_cache(chosen, numpy_dtype)
+    scales = None if int8_cache is None else CacheScales()
     checkpoint = open_checkpoint(model_dir) if rewritten is None else rewritten.checkpoint
     decoder = decoder_of(checkpoint.config, num_layers)
     length = max_seq_len or min(decoder.max_positions, DEFAULT_MAX_SEQ_LEN)
@@ -151,6 +171,7 @@ def plan_export(
             max_seq_len=length,
             islands=islands,
             plan=plan,
+            int8_cache=scales,
         ),
     )
     quantised = None
@@ -171,6 +192,7 @@ def plan_export(
         extremes,
         quantised,
         {} if rewritten is None else rewritten.record,
+        None if scales is None or int8_cache is None else CachePlan(int8_cache, scales),
     )
 
 
@@ -211,6 +233,7 @@ def export(
     constants: Device = CPU,
     trt: TrtOptions | None = None,
     quantisation: Quantisation | None = None,
+    int8_cache: Int8Cache | None = None,
     rewriting: Rewriting | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -240,6 +263,7 @@ def export(
         constants=constants,
         trt=trt,
         quantisation=quantisation,
+        int8_cache=int8_cache,
     )
     plan = replan()
     check_output(output, overwrite=overwrite, inputs=(source,))
@@ -262,11 +286,11 @@ def export(
 
             plan = replan(extremes=scan(plan.checkpoint, plan.decoder, max_length=plan.max_seq_len, progress=progress))
         with staged_folder(output, overwrite=overwrite, inputs=(source,)) as folder:
-            if plan.quantised is None:
+            if plan.quantised is None and plan.cache is None:
                 linked = _write(plan, folder, digests, progress)
             else:
-                floats = replan(quantisation=None, **_as_floats(plan, variants))
-                linked = _write_quantised(plan, floats, source, folder, digests, progress)
+                floats = replan(quantisation=None, int8_cache=None, **_as_floats(plan, variants))
+                linked = _write_rounded(plan, floats, source, folder, digests, progress)
             if plan.trt is not None:
                 _write_device(plan, source, folder, golden=verify, progress=progress)
             manifest = load_object(folder / FILE)
@@ -291,26 +315,34 @@ def _as_floats(plan: ExportPlan, variants: str) -> dict[str, Any]:
     return found
 
 
-def _write_quantised(
+def _write_rounded(
     plan: ExportPlan, floats: ExportPlan, source: Path, folder: Path, digests: dict[str, str], progress: Progress
 ) -> bool:
-    """`_write` behind the rounding of the weights; ``floats`` is the same plan with float32 weights and values."""
-    from mixt_export.targets.calibrate import FloatGraph, calibrate_plan, measured_loss, wants_calibration
+    """`_write` behind the rounding of weights or cache; ``floats`` is the same plan with float32 weights and values."""
+    from mixt_export.targets.calibrate import FloatGraph, calibrate_cache, calibrate_plan, measured_loss, why_nearest
 
-    assert plan.quantised is not None
-    why_not = wants_calibration(plan.quantised, source)
-    graph = FloatGraph(floats)
-    plan.quantised.rounded.read = graph.matrix
-    if why_not:
-        progress.note(f"weights are rounded to nearest: {why_not}")
+    graph, quantised, cache = FloatGraph(floats), plan.quantised, plan.cache
+    if cache is not None:
+        calibrate_cache(graph, cache.scales, source, cache.settings.texts, progress)
+    why_not = "" if quantised is None else why_nearest(quantised, source)
+    with ExitStack() as stack:
+        if quantised is not None:
+            quantised.rounded.read = graph.matrix
+            if why_not:
+                progress.note(f"weights are rounded to nearest: {why_not}")
+            else:
+                texts = quantised.settings.texts
+                stack.enter_context(calibrate_plan(graph, quantised, source, texts, folder, progress))
         linked = _write(plan, folder, digests, progress)
-    else:
-        with calibrate_plan(graph, plan.quantised, source, plan.quantised.settings.texts, folder, progress):
-            linked = _write(plan, folder, digests, progress)
+    settings = quantised.settings if quantised is not None else None if cache is None else cache.settings
+    loss = measured_loss(graph, folder, progress) if settings is not None and settings.measure else None
+    measured = {} if loss is None else {"loss": loss}
     manifest = load_object(folder / FILE)
-    loss = measured_loss(graph, folder, progress) if plan.quantised.settings.measure else None
-    figures = {"rounding": "nearest" if why_not else "calibrated", **({} if loss is None else {"loss": loss})}
-    manifest["quantisation"] = quantisation_entry(plan.quantised, figures)
+    if quantised is not None:
+        figures = {"rounding": "nearest" if why_not else "calibrated", **measured}
+        manifest["quantisation"] = quantisation_entry(quantised, figures)
+    else:
+        manifest["kv"] |= measured
     write_json(folder / FILE, manifest)
     return linked
 
@@ -327,6 +359,7 @@ def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Pr
         max_seq_len=plan.max_seq_len,
         weight_bytes=plan.weight_bytes,
         forms=plan.forms,
+        cache_dtype=plan.cache_dtype,
         files=files,
         trt=_trt_manifest(plan),
     )

@@ -30,10 +30,12 @@ def build_manifest(
     forms: FormPlan,
     files: Mapping[str, Mapping[str, Any]],
     trt: Mapping[str, Any] | None = None,
+    cache_dtype: str = "",
 ) -> dict[str, Any]:
     """The manifest of a folder about to be written; ``files`` maps file name to its bytes and SHA-256.
 
-    ``trt``: what only a TensorRT folder says, see docs/tensorrt.md.
+    ``trt``: what only a TensorRT folder says, see docs/tensorrt.md. ``cache_dtype``: of keys and values, where it
+    is not the graph's.
     """
     dtype = lowered.weights.dtype
     token_ids = special_token_ids(checkpoint)
@@ -57,7 +59,7 @@ def build_manifest(
             "layers": len(decoder.blocks),
             "heads": decoder.kv_heads,
             "head_dim": decoder.head_dim,
-            "dtype": dtype,
+            "dtype": cache_dtype or dtype,
             "shared_buffer": target.dialect.shared_buffer,
         },
         "limits": {"max_seq_len": max_seq_len},
@@ -65,7 +67,7 @@ def build_manifest(
         **token_ids,
         "memory": {
             "weight_bytes": weight_bytes,
-            "kv_bytes_per_token": decoder.kv_bytes_per_token(itemsize(dtype)),
+            "kv_bytes_per_token": decoder.kv_bytes_per_token(itemsize(cache_dtype or dtype)),
         },
         "graph": {"nodes": len(lowered.model.graph)},
         "source": {"format": checkpoint.format, "info": dict(checkpoint.info)},

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mixt_export.errors import UsageError
+from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.quantised import QuantisedMatrix, Rounded, find_matrices, quantise
 from mixt_export.quantisation import Quantisation, nearest
+from mixt_export.quantisation.cache import CacheScales, Int8Cache
 from mixt_export.quantisation.layouts import layout_of
 from mixt_export.targets.registry import Target
 
@@ -26,6 +27,23 @@ class QuantisedPlan:
     def nbytes(self) -> int:
         """Bytes of all codes and scales."""
         return sum(matrix.nbytes for matrix in self.matrices.values())
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache of 8 bits; ``scales`` are measured before the graph is written."""
+
+    settings: Int8Cache
+    scales: CacheScales
+
+
+def check_int8_cache(target: Target, dtype: str) -> None:
+    """Raise UnsupportedError for a target or dtype without a cache of 8 bits."""
+    if target.name != "ort" or dtype != "float32":
+        raise UnsupportedError(
+            f"--kv-cache int8: only ONNX Runtime's attention on the CPU has it (--target ort at float32), not --target "
+            f"{target.name} at {dtype}; leave it out."
+        )
 
 
 def check_quantisation(target: Target, dtype: str, memory_budget: int | None) -> None:

@@ -19,6 +19,7 @@ from mixt_export.progress import Progress
 from mixt_export.verification.far_probe import SIZES, far_length, long_cache
 from mixt_export.verification.gate import DtypeCost, Gate, allowed, dtype_gate, float32_gate, rounding_gate
 from mixt_export.verification.graph import open_graph
+from mixt_export.verification.int8_cache import float_cache
 from mixt_export.verification.layers import LayerErrors
 from mixt_export.verification.metrics import LogitsComparison, relative_l2
 from mixt_export.verification.options import SHORTEST, VerifyOptions
@@ -46,11 +47,12 @@ class Context:
         #: Quantised matrices by name; with any, PyTorch runs with the weights that their integers stand for.
         self.matrices = matrices_of(self.graph, self.manifest)
         self.source: Path | Checkpoint = reference
-        #: The graph whose values are compared: with quantised weights, that of float activations.
+        #: The graph whose values are compared: that of float activations and of a float cache.
         self.compared = self.graph
         if self.matrices:
             self.compared = float_activations(self.graph)
             self.source = with_integers(open_checkpoint(reference), self.matrices)
+        self.compared = float_cache(self.compared)
         with progress.task("loading the PyTorch reference"):
             self.torch = TorchModel(self.source, threads=options.threads, layers=self.graph.layers)
         if self.graph.vocab_size not in (0, self.torch.vocab_size):

@@ -28,7 +28,7 @@ def claims(
     opset = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
     right = graph.dialect == "ort"
     yield "dtype", manifest.get("dtype"), graph.dtype
-    yield "kv.dtype", kv.get("dtype"), graph.dtype
+    yield "kv.dtype", kv.get("dtype"), graph.cache_dtype
     yield "dialect", manifest.get("dialect"), graph.dialect
     yield "padding", manifest.get("padding"), "right" if right else "left"
     yield "opset", manifest.get("opset"), opset

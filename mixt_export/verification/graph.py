@@ -31,6 +31,7 @@ _ELEMENT = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class ExportedGraph:
     dialect: str
     emulated: bool = False
     """Round as typed whatever the target is."""
+    int8_cache: bool = False
+    """Keys and values are cached at 8 bits."""
 
     @property
     def vocab_size(self) -> int:
@@ -63,7 +66,12 @@ class ExportedGraph:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token adds to the key-value cache of one sequence."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+        return 2 * self.layers * self.kv_heads * self.head_dim * _BYTES[self.cache_dtype]
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values in the cache."""
+        return "int8" if self.int8_cache else self.dtype
 
 
 def open_graph(folder: Path) -> ExportedGraph:
@@ -80,12 +88,15 @@ def open_graph(folder: Path) -> ExportedGraph:
             "give a decoder that `mixt export` wrote."
         )
     shape = past[0].shape.dim
-    dtype = _ELEMENT.get(past[0].elem_type)
+    int8 = past[0].elem_type == onnx.TensorProto.INT8
+    dtype = "float32" if int8 else _ELEMENT.get(past[0].elem_type)
     if len(shape) != 4 or dtype is None or not shape[1].dim_value or not shape[3].dim_value:
         raise UsageError(
-            f"{path}: past_key_values.0.key must be float32, float16 or bfloat16 (batch, kv_heads, past, head_dim)."
+            f"{path}: past_key_values.0.key must be float32, float16, bfloat16 or int8, of shape (batch, kv_heads, "
+            "past, head_dim)."
         )
-    return ExportedGraph(folder, proto, len(past), shape[1].dim_value, shape[3].dim_value, dtype, _dialect(proto))
+    heads, width = shape[1].dim_value, shape[3].dim_value
+    return ExportedGraph(folder, proto, len(past), heads, width, dtype, _dialect(proto), int8_cache=int8)
 
 
 def open_encoder_graph(folder: Path) -> ExportedGraph:

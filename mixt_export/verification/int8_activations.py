@@ -33,6 +33,8 @@ def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix]) -> I
 
     Of a chain of matrices (low rank, Tucker-2) every product does; any other factorised linear rounds its input.
     """
+    import torch
+
     groups = {part: matrix.group for matrix in matrices.values() for part in matrix.parts}
     groups |= {f"{matrix.linear}.weight": matrix.group for matrix in matrices.values() if not matrix.parts}
     hooks: list[Any] = []
@@ -45,7 +47,7 @@ def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix]) -> I
             if any(tensor.name in groups for tensor in linear.core_tensors()):
                 replaced.append(module)
                 module._branch = _rounding_branch(module, groups)
-        elif weight is not None and weight.dim() == 2 and type(module).__name__ != "Embedding":
+        elif weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
             group = groups.get(f"{name}.weight") or tied.get(id(weight), 0)
             if group:
                 hooks.append(module.register_forward_pre_hook(_hook(group)))

@@ -103,7 +103,9 @@ class ExportedRunner:
         self._present = [f"present.{i}.{kind}" for i in range(graph.layers) for kind in ("key", "value")]
         self.session = start_session(graph, proto, threads)
         #: Type of the cache as it is fed.
-        self.element = np.float16 if graph.dtype == "float16" and not graph.rounds else np.float32
+        self.element: Any = np.float16 if graph.dtype == "float16" and not graph.rounds else np.float32
+        if graph.int8_cache:
+            self.element = np.int8
 
     def empty_cache(self, batch: int, length: int = 0) -> list[NDArray[Any]]:
         """Zeros (batch, kv_heads, length, head_dim) for every key and value."""

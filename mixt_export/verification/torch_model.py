@@ -17,6 +17,8 @@ from mixt_export.verification.lookups import first_input
 from mixt_export.verification.session import Ids, available_threads
 
 Observe = Callable[[int, NDArray[np.float32]], None]
+#: Block, keys and values (1, kv_heads, seq, head_dim) as computed -> as they are cached and attended to.
+Keep = Callable[[int, Any, Any], tuple[Any, Any]]
 
 
 class TorchModel:
@@ -30,6 +32,7 @@ class TorchModel:
         self, folder: Path | Checkpoint, *, dtype: str = "float32", threads: int = 0, layers: int | None = None
     ) -> None:
         self._past: Sequence[NDArray[np.float32]] = ()
+        self._kept: Keep | None = None
         self._torch = require("torch", "running the PyTorch reference")
         self._torch.set_num_threads(available_threads(threads))
         from mixt_export.reference import load_reference
@@ -100,6 +103,15 @@ class TorchModel:
         finally:
             self._past = before
 
+    @contextmanager
+    def keeping(self, keep: Keep) -> Iterator[None]:
+        """All that runs inside, one sequence from an empty cache at a time, attends to what ``keep`` gives."""
+        self._kept, before = keep, self._kept
+        try:
+            yield
+        finally:
+            self._kept = before
+
     def cache_of(self, tokens: Ids) -> list[NDArray[np.float32]]:
         """Keys and values of every block in turn, float32 (1, kv_heads, seq, head_dim), after ``tokens`` (seq,)."""
         from transformers import DynamicCache
@@ -112,6 +124,8 @@ class TorchModel:
 
     def _cached(self, tokens: Ids) -> dict[str, Any]:
         """Arguments of the model that put ``tokens`` behind the cache, if there is one."""
+        if self._kept is not None:
+            return {"use_cache": True, "past_key_values": changing_cache(self._kept)}
         if not self._past:
             return {"use_cache": False}
         from transformers import DynamicCache
@@ -133,6 +147,17 @@ class TorchModel:
             observe(index, value.detach()[0].float().numpy().copy())
 
         return hook
+
+
+def changing_cache(keep: Keep) -> Any:
+    """An empty cache that every position stays in, as ``keep`` gives it."""
+    from transformers import DynamicCache
+
+    class Changing(DynamicCache):  # type: ignore[misc]  # transformers is untyped
+        def update(self, key_states: Any, value_states: Any, layer_idx: int, *given: Any, **named: Any) -> Any:
+            return super().update(*keep(layer_idx, key_states, value_states), layer_idx, *given, **named)
+
+    return Changing()
 
 
 def _decoder_blocks(model: Any, folder: Path) -> Any:

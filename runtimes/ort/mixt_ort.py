@@ -27,8 +27,9 @@ MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "mixt_manifest.json"
 
 _MAX_JSON_BYTES = 64 * 1024 * 1024
-_KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
-_ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_DTYPES = ("float32", "float16")
+_KV_DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+_ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 #: Dialects, those for TensorRT included: their graphs are standard ONNX with the cache of ``portable``.
 _PADDING = {"ort": "right", "portable": "left", "trt10": "left", "trt11": "left"}
 #: A cache starts with room for this many tokens and then doubles, up to the model's limit.
@@ -119,7 +120,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise field.wrong("bos_token_id", bos, "null or a token id")
     return Manifest(
         dialect=dialect,
-        dtype=field.choice("dtype", tuple(_KV_DTYPES)),
+        dtype=field.choice("dtype", _DTYPES),
         padding=_PADDING[dialect],
         layers=field.count("kv.layers", 10_000),
         heads=field.count("kv.heads", 10_000),

@@ -13,6 +13,7 @@ from mixt_export.families.wiring import Block, Decoder, Rope
 from mixt_export.lower.builder import GraphBuilder
 from mixt_export.lower.precision import Islands, Precision
 from mixt_export.lower.weights import DTYPES, Weights
+from mixt_export.quantisation.cache import CacheScales
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Inputs:
     max_seq_len: int
     precision: Precision
     islands: Islands
+    int8_cache: CacheScales | None = None
+    """Scales of a cache of 8 bits, known when the graph is written."""
+
+    @property
+    def cache_dtype(self) -> ir.DataType:
+        """Of past and present keys and values."""
+        return self.dtype if self.int8_cache is None else ir.DataType.INT8
 
     @property
     def dtype(self) -> ir.DataType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,9 +11,12 @@ from mixt_export.errors import UnsupportedError
 from mixt_export.families.wiring import Block, Decoder
 from mixt_export.lower.attention.interface import Cache, Heads, Inputs, int64
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, Dim
+from mixt_export.quantisation.cache import PARTS, CacheScales
 
 #: What ONNX Runtime's kernel wants head sizes to be multiples of, and all sizes where heads rotate.
 _HEAD_MULTIPLE, _ROTARY_MULTIPLE = 8, 16
+#: The operator's first input of two with scales of the cache.
+_SCALES = 12
 
 
 class SharedBufferAttention:
@@ -64,16 +69,22 @@ class SharedBufferAttention:
         present: list[Dim] = ["batch", d.kv_heads, "present", d.head_dim]
         window = {} if attention.window is None else {"local_window_size": attention.window}
         softcap = {} if attention.softcap is None else {"softcap": attention.softcap}
-        tables = () if rope is None else self._tables[rope]
+        inputs: list[ir.Value | None] = [heads.q, heads.k, heads.v, past.key, past.value, self._seqlens, self._total]
+        inputs += () if rope is None else self._tables[rope]
+        kept = {}
+        if self._in.int8_cache is not None:
+            inputs += [None] * (_SCALES - len(inputs))
+            inputs += self._scales(self._in.int8_cache, d.blocks.index(block))
+            kept = {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
         out, key, value = b.ops(
             "GroupQueryAttention",
-            [heads.q, heads.k, heads.v, past.key, past.value, self._seqlens, self._total, *tables],
+            inputs,
             name=f"{node}/GroupQueryAttention",
             domain=MICROSOFT_DOMAIN,
             outputs=[
                 (self._in.dtype, ["batch", "seq", d.heads * d.head_dim]),
-                (self._in.dtype, present),
-                (self._in.dtype, present),
+                (self._in.cache_dtype, present),
+                (self._in.cache_dtype, present),
             ],
             num_heads=d.heads,
             kv_num_heads=d.kv_heads,
@@ -82,8 +93,22 @@ class SharedBufferAttention:
             scale=attention.scale,
             **window,
             **softcap,
+            **kept,
         )
         return out, Cache(key, value)
+
+    def _scales(self, scales: CacheScales, layer: int) -> list[ir.Value]:
+        """(1, kv_heads, 1, head_dim) of keys and of values; their numbers are read when the graph is written."""
+        d, found = self._in.decoder, []
+        for part in PARTS:
+            tensor = self._in.weights.packed(
+                f"/attention/{layer}/{part}_scale",
+                (1, d.kv_heads, 1, d.head_dim),
+                "float32",
+                partial(scales.of, layer, part),
+            )
+            found.append(self._in.builder.initializer(tensor))
+        return found
 
     def last_position(self, hidden: ir.Value, node: str) -> ir.Value:
         """Index min(valid - 1, seq - 1): the first covers a right-padded prefill, the second decoding with a past."""

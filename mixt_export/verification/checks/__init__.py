@@ -15,6 +15,7 @@ from mixt_export.verification.checks import (
     files,
     greedy,
     int8_activations,
+    int8_cache,
     quantised_weights,
     redensified,
     rounded,
@@ -53,6 +54,7 @@ CHECKS = tuple(
         rounded,
         quantised_weights,
         int8_activations,
+        int8_cache,
         redensified,
     )
 )

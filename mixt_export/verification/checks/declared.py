@@ -1,12 +1,13 @@
-"""Numbers that the graph states outright: norms' epsilon, attention's scale and window, beside PyTorch's modules.
+"""What the graph states outright: norms' epsilon, attention's scale and window, the kind of GELU, beside PyTorch.
 
-A wrong epsilon may change activations by less than rounding does on the texts at hand, and by much more on others.
+A wrong epsilon may change activations by less than rounding does on the texts at hand, and by much more on others; the
+two kinds of GELU differ by less than float16 rounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -20,6 +21,8 @@ NAME = "declared"
 TITLE = "Stated numbers"
 _EPSILON = ("variance_epsilon", "eps", "epsilon")
 _ATTENTIONS = frozenset({"Attention", "GroupQueryAttention"})
+#: Where GELU is asked for its value: by the error function 1.954500, by tanh 1.954598.
+_PROBE = 2.0
 #: float32 rounds what Python holds in float64.
 _SAME = 1e-6
 
@@ -54,6 +57,7 @@ def _stated(context: Context) -> Iterator[Stated]:
             yield from _epsilons(own, modules[name.module], where, name.module)
         attention = next((m for m in modules.values() if isinstance(getattr(m, "scaling", None), float)), None)
         yield from _attention(context, layer, attention, where) if attention is not None else ()
+        yield from _gelu(context, layer, modules.values(), where)
 
 
 def _epsilons(nodes: list[onnx.NodeProto], module: Any, where: str, part: str) -> Iterator[Stated]:
@@ -76,6 +80,18 @@ def _attention(context: Context, layer: int, module: Any, where: str) -> Iterato
         window = getattr(module, "sliding_window", None)
         if isinstance(window, int) and node.op_type == "GroupQueryAttention":
             yield where, "attention", "the window of attention", attributes.get("local_window_size", -1), window
+
+
+def _gelu(context: Context, layer: int, modules: Iterable[Any], where: str) -> Iterator[Stated]:
+    import torch
+
+    true = next((m for m in modules if "gelu" in type(m).__name__.lower() and not list(m.parameters())), None)
+    for node in context.graph.proto.graph.node:
+        if true is None or node.op_type != "Gelu" or not node.name.startswith(f"/model/layers.{layer}/"):
+            continue
+        kind = next((entry.s.decode() for entry in node.attribute if entry.name == "approximate"), "none")
+        said = torch.nn.functional.gelu(torch.tensor(_PROBE), approximate=kind)
+        yield where, "mlp", f"GELU of {_PROBE:g}", float(said), float(true(torch.tensor(_PROBE)))
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Number]:

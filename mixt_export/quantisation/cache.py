@@ -1,0 +1,100 @@
+"""Keys and values of the cache at 8 bits: one scale for each channel of each head, found on calibration text.
+
+A rotary embedding turns channels of keys in pairs, by angles that grow with the position. So both of a pair take the
+largest length of the pair, which no position changes; otherwise a long context would leave the range that short
+windows of text have shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mixt_export.errors import MixtError
+from mixt_export.families.parts import Rope
+from mixt_export.progress import SILENT, Progress
+from mixt_export.quantisation.segments import Read, Runner, Values, blocks_of, cut, inputs_of
+
+Ids = NDArray[np.int64]
+
+#: Codes go from -128 to 127; the largest magnitude that calibration saw becomes 127.
+LARGEST = 127
+PARTS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Int8Cache:
+    """What `--kv-cache int8` asks for. ``texts``: to calibrate on, by default the shipped; ``measure``: the loss."""
+
+    texts: tuple[Path, ...] = ()
+    measure: bool = True
+
+
+@dataclass
+class CacheScales:
+    """(1, kv_heads, 1, head_dim) float32 scales of the keys and values of each block; empty until they are measured."""
+
+    found: dict[tuple[int, str], NDArray[np.float32]] = field(default_factory=dict)
+
+    def of(self, layer: int, part: str) -> NDArray[np.float32]:
+        """Scales of the ``part`` "key" or "value" of block ``layer``."""
+        if (layer, part) not in self.found:
+            raise MixtError(f"the range of block {layer}'s {part}s was not measured. Please report this.")
+        return self.found[layer, part]
+
+
+def measure_cache(
+    model: onnx.ModelProto,
+    read: Read,
+    windows: Sequence[Ids],
+    ropes: Sequence[Rope | None],
+    scales: CacheScales,
+    *,
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> None:
+    """Fill ``scales`` by running ``windows`` of tokens through the float graph ``model``, block by block.
+
+    ``ropes``: the rotary embedding of each block's keys. A channel that is always 0 has the scale 1.
+    """
+    names = {f"present.{layer}.{part}": (layer, part) for layer in range(len(ropes)) for part in PARTS}
+    largest: dict[str, NDArray[np.float32]] = {}
+    states = [inputs_of(model, window) for window in windows]
+    with progress.task("measuring keys and values", len(blocks_of(model.graph.node))) as done:
+        for piece in cut(model, (), tuple(names), read):
+            runner = Runner(piece.model, threads) if piece.gives else None
+            for state in states if runner is not None else ():
+                assert runner is not None
+                found: Values = runner.run({name: state[name] for name in piece.reads}, {})
+                for name in names.keys() & found.keys():
+                    seen = _channels(found.pop(name), ropes[names[name][0]] if name.endswith("key") else None)
+                    largest[name] = np.maximum(largest[name], seen) if name in largest else seen
+                state.update(found)
+            done(1)
+    for name, seen in largest.items():
+        scale = np.where(seen > 0, seen / LARGEST, 1.0).astype(np.float32)
+        scales.found[names[name]] = scale[None, :, None, :]
+
+
+def _channels(values: NDArray[Any], rope: Rope | None) -> NDArray[np.float32]:
+    """(heads, channels): largest magnitude of each channel of (1, heads, tokens, channels), of a pair its length."""
+    squares = np.square(values[0].astype(np.float64))
+    if rope is not None:
+        for first, second in pairs(rope):
+            squares[..., first] = squares[..., second] = squares[..., first] + squares[..., second]
+    most: NDArray[np.float32] = np.sqrt(squares.max(axis=1)).astype(np.float32)
+    return most
+
+
+def pairs(rope: Rope) -> list[tuple[int, int]]:
+    """Channels of a head that ``rope`` turns together."""
+    half = rope.rotary_dim // 2
+    if rope.interleaved:
+        return [(2 * index, 2 * index + 1) for index in range(half)]
+    return [(index, index + half) for index in range(half)]
