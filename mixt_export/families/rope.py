@@ -170,3 +170,11 @@ _PARAMETERS: dict[str, Callable[[Mapping[str, Any], Config], dict[str, float]]] 
     "llama3": _llama3_parameters,
     "yarn": _yarn_parameters,
 }
+
+
+def turned_together(rope: Rope) -> list[tuple[int, int]]:
+    """Channels of a head that ``rope`` turns together."""
+    half = rope.rotary_dim // 2
+    if rope.interleaved:
+        return [(2 * index, 2 * index + 1) for index in range(half)]
+    return [(index, index + half) for index in range(half)]

@@ -17,11 +17,11 @@ import onnx
 from numpy.typing import NDArray
 
 from mixt_export.errors import MixtError
-from mixt_export.families.parts import Rope
 from mixt_export.progress import SILENT, Progress
 from mixt_export.quantisation.segments import Read, Runner, Values, blocks_of, cut, inputs_of
 
 Ids = NDArray[np.int64]
+Pairs = Sequence[tuple[int, int]]
 
 #: Codes go from -128 to 127; the largest magnitude that calibration saw becomes 127.
 LARGEST = 127
@@ -53,7 +53,7 @@ def measure_cache(
     model: onnx.ModelProto,
     read: Read,
     windows: Sequence[Ids],
-    ropes: Sequence[Rope | None],
+    turned: Sequence[Pairs],
     scales: CacheScales,
     *,
     threads: int = 0,
@@ -61,9 +61,10 @@ def measure_cache(
 ) -> None:
     """Fill ``scales`` by running ``windows`` of tokens through the float graph ``model``, block by block.
 
-    ``ropes``: the rotary embedding of each block's keys. A channel that is always 0 has the scale 1.
+    ``turned``: channels of each block's keys that a rotary embedding turns together. A channel that is always 0 has the
+    scale 1.
     """
-    names = {f"present.{layer}.{part}": (layer, part) for layer in range(len(ropes)) for part in PARTS}
+    names = {f"present.{layer}.{part}": (layer, part) for layer in range(len(turned)) for part in PARTS}
     largest: dict[str, NDArray[np.float32]] = {}
     states = [inputs_of(model, window) for window in windows]
     with progress.task("measuring keys and values", len(blocks_of(model.graph.node))) as done:
@@ -73,7 +74,7 @@ def measure_cache(
                 assert runner is not None
                 found: Values = runner.run({name: state[name] for name in piece.reads}, {})
                 for name in names.keys() & found.keys():
-                    seen = _channels(found.pop(name), ropes[names[name][0]] if name.endswith("key") else None)
+                    seen = _channels(found.pop(name), turned[names[name][0]] if name.endswith("key") else ())
                     largest[name] = np.maximum(largest[name], seen) if name in largest else seen
                 state.update(found)
             done(1)
@@ -82,19 +83,10 @@ def measure_cache(
         scales.found[names[name]] = scale[None, :, None, :]
 
 
-def _channels(values: NDArray[Any], rope: Rope | None) -> NDArray[np.float32]:
+def _channels(values: NDArray[Any], pairs: Pairs) -> NDArray[np.float32]:
     """(heads, channels): largest magnitude of each channel of (1, heads, tokens, channels), of a pair its length."""
     squares = np.square(values[0].astype(np.float64))
-    if rope is not None:
-        for first, second in pairs(rope):
-            squares[..., first] = squares[..., second] = squares[..., first] + squares[..., second]
+    for first, second in pairs:
+        squares[..., first] = squares[..., second] = squares[..., first] + squares[..., second]
     most: NDArray[np.float32] = np.sqrt(squares.max(axis=1)).astype(np.float32)
     return most
-
-
-def pairs(rope: Rope) -> list[tuple[int, int]]:
-    """Channels of a head that ``rope`` turns together."""
-    half = rope.rotary_dim // 2
-    if rope.interleaved:
-        return [(2 * index, 2 * index + 1) for index in range(half)]
-    return [(index, index + half) for index in range(half)]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mixt_export.errors import UsageError
+from mixt_export.families.rope import turned_together
 from mixt_export.lower.quantised import QuantisedMatrix
 from mixt_export.progress import Progress
 from mixt_export.quantisation import Blocks
@@ -56,7 +57,8 @@ class FloatGraph:
 
     def __init__(self, plan: ExportPlan) -> None:
         self.positions = plan.max_seq_len
-        self.ropes = [block.attention.rope for block in plan.decoder.blocks]
+        ropes = [block.attention.rope for block in plan.decoder.blocks]
+        self.turned = [turned_together(rope) if rope is not None else [] for rope in ropes]
         self.model = _every_position(ir.serde.serialize_model(plan.lowered.model))
         self._readers = {
             name: plan.lowered.weights.reader(value.const_value)
@@ -97,7 +99,7 @@ def calibrate_cache(
     """Measure the range of keys and values on ``texts``. Raises UsageError without a tokenizer."""
     if not (source / "tokenizer.json").is_file():
         raise UsageError(f"--kv-cache int8: {source} has no tokenizer.json, so there is no text to measure ranges on.")
-    measure_cache(graph.model, graph.read, graph.windows(source, texts), graph.ropes, scales, progress=progress)
+    measure_cache(graph.model, graph.read, graph.windows(source, texts), graph.turned, scales, progress=progress)
 
 
 def calibrate_plan(

@@ -19,6 +19,7 @@ from mixt_export.cli.guard import guarded
 from mixt_export.cli.main import load_verb
 from mixt_export.errors import MixtError, UnsupportedError, UsageError
 from mixt_export.families.parts import Rope
+from mixt_export.families.rope import turned_together
 from mixt_export.progress import SILENT
 from mixt_export.quantisation import Quantisation
 from mixt_export.quantisation.cache import CacheScales, Int8Cache, measure_cache
@@ -166,12 +167,12 @@ def test_scales_are_the_largest_of_calibration(model: Path) -> None:
     graph = FloatGraph(plan_export(model, max_seq_len=64))
     windows = [np.random.default_rng(seed).integers(3, 90, 21) for seed in (0, 1)]
     scales = CacheScales()
-    measure_cache(graph.model, graph.read, windows, graph.ropes, scales, threads=1)
+    measure_cache(graph.model, graph.read, windows, graph.turned, scales, threads=1)
     from mixt_export.verification.torch_model import TorchModel
 
     torch_model = TorchModel(model)
     kept_ones = [torch_model.cache_of(window) for window in windows]
-    for layer in range(len(graph.ropes)):
+    for layer in range(len(graph.turned)):
         keys = np.concatenate([each[2 * layer] for each in kept_ones], axis=2)[0]
         values = np.concatenate([each[2 * layer + 1] for each in kept_ones], axis=2)[0]
         half = keys.shape[-1] // 2
@@ -185,16 +186,14 @@ def test_scales_are_the_largest_of_calibration(model: Path) -> None:
 
 
 def test_pairs_of_both_layouts_and_of_a_part_of_a_head() -> None:
-    from mixt_export.quantisation.cache import pairs
-
     rope = next(block.attention.rope for block in _decoder("gptj").blocks)
     assert isinstance(rope, Rope)
     assert rope.interleaved
-    assert pairs(rope)[:2] == [(0, 1), (2, 3)]
-    assert len(pairs(rope)) == rope.rotary_dim // 2
+    assert turned_together(rope)[:2] == [(0, 1), (2, 3)]
+    assert len(turned_together(rope)) == rope.rotary_dim // 2
     half = next(block.attention.rope for block in _decoder("llama").blocks)
     assert half is not None
-    assert pairs(half)[1] == (1, 1 + half.rotary_dim // 2)
+    assert turned_together(half)[1] == (1, 1 + half.rotary_dim // 2)
 
 
 def _decoder(family: str) -> Any:
