@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
 from mixt_export.compression.method import DEFAULT_METHOD, METHODS, OBJECTIVES, RANK_RULES
 from mixt_export.compression.recover.settings import RecoverSettings
 from mixt_export.compression.settings import Settings
@@ -269,6 +270,7 @@ def compress(
             "--resume", help="Go on from OUT.recover after an interruption of --recover.", rich_help_panel=_RECOVERY
         ),
     ] = False,
+    base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report there too (JSON; always in OUT).")
@@ -281,6 +283,7 @@ def compress(
     from mixt_export.cli.draw import RichProgress
     from mixt_export.optional import require
 
+    use_base(base)
     require("torch", "mixt compress")
     require("transformers", "mixt compress")
     from mixt_export.compression.run import compress as run

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
 from mixt_export.compression.recover.settings import RecoverSettings
 from mixt_export.errors import UsageError
 
@@ -59,6 +60,7 @@ def recover(
     ] = _DEFAULTS.hidden_weight,
     seed: Annotated[int, typer.Option(help="Of the order of the windows and the drawn vocabulary.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.recover after an interruption.")] = False,
+    base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report there too (JSON; always in OUT).")
@@ -70,6 +72,7 @@ def recover(
     from mixt_export.cli.draw import RichProgress
     from mixt_export.optional import require
 
+    use_base(base)
     require("torch", "mixt recover")
     require("transformers", "mixt recover")
     from mixt_export.compression.recover.run import recover as run

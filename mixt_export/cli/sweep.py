@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixt_export.cli.base import BaseOption, use_base
 from mixt_export.compression.method import METHODS
 from mixt_export.sweep.options import MMLU_DEV, SweepOptions, variant_of
 
@@ -60,6 +61,7 @@ def sweep(
     calib_windows: Annotated[int | None, typer.Option(help="Calibration windows of compress.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of compress.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 takes half the cores.")] = 0,
+    base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over rows measured otherwise.")] = False,
 ) -> None:
     """Replace the last N_B blocks for several N_B, measure each model, say where it breaks down.
@@ -70,6 +72,7 @@ def sweep(
     from mixt_export.cli.draw import RichProgress
     from mixt_export.optional import require
 
+    use_base(base)
     options = SweepOptions(
         method=method,
         n_tensors=tuple(n_tensors or ()),

@@ -27,7 +27,7 @@ class RecoverSettings:
     after ``patience`` checks in a row without a new best the run ends.
     """
 
-    steps: int = 60
+    steps: int = 100
     batch: int = 4
     window: int = 256
     windows: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import nn
 
 from mixt_export.checkpoints import companion, open_checkpoint
 from mixt_export.checkpoints.foreign import peft
+from mixt_export.cli.guard import guarded
+from mixt_export.cli.main import load_verb
 from mixt_export.errors import CheckpointError, UnsupportedError, UsageError
 from mixt_export.network import densify
 from tests.checkpoints.foreign.authors import assert_parity, dense, factorise, linears, write_base
@@ -158,6 +161,43 @@ def test_a_base_model_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("MIXT_BASE_MODEL", str(given))
         with pytest.raises(UsageError, match=message):
             open_checkpoint(folder)
+
+
+def test_factors_over_a_base_are_trained_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mixt recover takes --base as the verbs that only read do."""
+    folder, base, text = tmp_path / "aa", tmp_path / "base", tmp_path / "text.txt"
+    aa_svd(folder, base)
+    text.write_text("words of a text, again and again. " * 200, encoding="utf-8")
+    arguments = [folder, "--teacher", base, "-o", tmp_path / "out", "--text", text, "--validation", text]
+    arguments += ["--eval-text", text, "--steps", 1, "--batch", 1, "--window", 16, "--windows", 8]
+    assert run_verb("recover", *arguments) == 2
+    monkeypatch.setenv("MIXT_BASE_MODEL", "")  # restored behind the test
+    assert run_verb("recover", *arguments, "--base", base) == 0
+    recovered = open_checkpoint(tmp_path / "out")
+    assert len(recovered.factors) == 13
+
+
+@pytest.mark.parametrize("verb", ["compress", "sweep"])
+def test_verbs_that_make_models_know_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """They take dense models: the factors over the base are read, and refused for what they are."""
+    folder, base = tmp_path / "aa", tmp_path / "base"
+    aa_svd(folder, base)
+    arguments = [folder, "-o", tmp_path / "out", *(["--keep", "0.5"] if verb == "compress" else ["--n-tensors", "2"])]
+    assert run_verb(verb, *arguments) == 2
+    assert "needs its base model" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("MIXT_BASE_MODEL", "")
+    assert run_verb(verb, *arguments, "--base", base) != 0
+    assert "needs its base model" not in " ".join(capsys.readouterr().err.split())
+
+
+def run_verb(verb: str, *arguments: object) -> int:
+    original, sys.argv = sys.argv, [f"mixt {verb}", *map(str, arguments)]
+    try:
+        return guarded(load_verb(verb), f"mixt {verb}")
+    finally:
+        sys.argv = original
 
 
 def adapter(
