@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mixt_export.quantisation import Quantisation
     from mixt_export.quantisation.cache import Int8Cache
     from mixt_export.targets import ExportPlan
+    from mixt_export.targets.quantise import QuantisedPlan
 
 #: Argument -> option, where they differ in more than dashes.
 _OPTIONS = {"head": "quantize-head", "texts": "calib", "measure": "no-loss", "int8_for": "int8-for"}
@@ -56,24 +57,13 @@ def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None)
     """How many matrices became integers, and what that cost where it was measured."""
     from mixt_export.lower.weights import itemsize
 
-    quantised = plan.quantised
-    if quantised is None:
+    if plan.quantised is None:
         _hint(plan)
     else:
-        settings, matrices = quantised.settings, quantised.matrices.values()
-        floats = itemsize(plan.lowered.weights.dtype) * sum(matrix.rows * matrix.columns for matrix in matrices)
-        wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
-        apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
-        blocks = "in groups of" if settings.group else "with a scale for each output"
-        table = plan.lowered.weights.dtype if settings.head_bits is None else f"int{settings.head_bits}"
-        typer.echo(
-            f"int{settings.bits} weights {blocks}{f' {settings.group}' if settings.group else ''} "
-            f"(head and embedding {table}{apart}): "
-            f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
-        )
+        typer.echo(_weights(plan, plan.quantised))
     if plan.cache is not None:
-        wide = plan.decoder.kv_bytes_per_token(itemsize(plan.lowered.weights.dtype))
-        typer.echo(f"int8 cache of keys and values: {wide:,} → {plan.kv_bytes_per_token:,} bytes per token")
+        before = plan.decoder.kv_bytes_per_token(itemsize(plan.lowered.weights.dtype))
+        typer.echo(f"int8 cache of keys and values: {before:,} → {plan.kv_bytes_per_token:,} bytes per token")
     written = manifest or {}
     loss = written.get("quantisation", written.get("kv", {})).get("loss")
     if loss is not None:
@@ -82,6 +72,21 @@ def describe_quantised(plan: ExportPlan, manifest: dict[str, Any] | None = None)
             f"quantisation costs: perplexity {before:.2f} → {after:.2f} ({after / before - 1:+.1%}), "
             f"KL {loss['kl']:.4f} nats, on {loss['tokens']} tokens of the evaluation texts"
         )
+
+
+def _weights(plan: ExportPlan, quantised: QuantisedPlan) -> str:
+    from mixt_export.lower.weights import itemsize
+
+    settings, matrices, dtype = quantised.settings, quantised.matrices.values(), plan.lowered.weights.dtype
+    floats = itemsize(dtype) * sum(matrix.rows * matrix.columns for matrix in matrices)
+    wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
+    apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
+    blocks = f"in groups of {settings.group}" if settings.group else "with a scale for each output"
+    table = dtype if settings.head_bits is None else f"int{settings.head_bits}"
+    return (
+        f"int{settings.bits} weights {blocks} (head and embedding {table}{apart}): "
+        f"{len(matrices)} matrices, {floats / 1e6:.1f} → {quantised.nbytes / 1e6:.1f} MB"
+    )
 
 
 def _hint(plan: ExportPlan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +32,11 @@ from mixt_export.targets.quantise import (
     QuantisedPlan,
     check_int8_cache,
     check_quantisation,
-    quantisation_entry,
     quantised_plan,
 )
 from mixt_export.targets.registry import Target, dtype_named, target_named
 from mixt_export.targets.rewriting import Rewriting, Rewritten, behind_passes
+from mixt_export.targets.rounded import as_floats, write_rounded
 from mixt_export.targets.trt import TrtOptions, TrtSettings, dialect_for, joined, named_islands, settle
 
 if TYPE_CHECKING:
@@ -289,8 +288,9 @@ def export(
             if plan.quantised is None and plan.cache is None:
                 linked = _write(plan, folder, digests, progress)
             else:
-                floats = replan(quantisation=None, int8_cache=None, **_as_floats(plan, variants))
-                linked = _write_rounded(plan, floats, source, folder, digests, progress)
+                floats = replan(quantisation=None, int8_cache=None, **as_floats(plan, variants))
+                write = partial(_write, plan, folder, digests, progress)
+                linked = write_rounded(plan, floats, source, folder, write, progress)
             if plan.trt is not None:
                 _write_device(plan, source, folder, golden=verify, progress=progress)
             manifest = load_object(folder / FILE)
@@ -301,50 +301,6 @@ def export(
 
     report = prove(output, source, progress=progress)
     return ExportResult(output, plan, manifest, linked, time.monotonic() - began, report)
-
-
-def _as_floats(plan: ExportPlan, variants: str) -> dict[str, Any]:
-    """Options of plan_export for the graph of ``plan`` in float32, with the same matrices under the same names.
-
-    A TensorRT graph is that of the portable dialect there, whose attention is one node, in the forms of its board.
-    """
-    found: dict[str, Any] = {"dtype": "float32", "variants": "none" if variants == "auto" else variants}
-    if plan.trt is not None:
-        dtype = plan.lowered.weights.dtype
-        found |= {"target": "onnx", "trt": None, "forms_at": dtype, "constants": plan.trt.board.gpu(itemsize(dtype))}
-    return found
-
-
-def _write_rounded(
-    plan: ExportPlan, floats: ExportPlan, source: Path, folder: Path, digests: dict[str, str], progress: Progress
-) -> bool:
-    """`_write` behind the rounding of weights or cache; ``floats`` is the same plan with float32 weights and values."""
-    from mixt_export.targets.calibrate import FloatGraph, calibrate_cache, calibrate_plan, measured_loss, why_nearest
-
-    graph, quantised, cache = FloatGraph(floats), plan.quantised, plan.cache
-    if cache is not None:
-        calibrate_cache(graph, cache.scales, source, cache.settings.texts, progress)
-    why_not = "" if quantised is None else why_nearest(quantised, source)
-    with ExitStack() as stack:
-        if quantised is not None:
-            quantised.rounded.read = graph.matrix
-            if why_not:
-                progress.note(f"weights are rounded to nearest: {why_not}")
-            else:
-                texts = quantised.settings.texts
-                stack.enter_context(calibrate_plan(graph, quantised, source, texts, folder, progress))
-        linked = _write(plan, folder, digests, progress)
-    settings = quantised.settings if quantised is not None else None if cache is None else cache.settings
-    loss = measured_loss(graph, folder, progress) if settings is not None and settings.measure else None
-    measured = {} if loss is None else {"loss": loss}
-    manifest = load_object(folder / FILE)
-    if quantised is not None:
-        figures = {"rounding": "nearest" if why_not else "calibrated", **measured}
-        manifest["quantisation"] = quantisation_entry(quantised, figures)
-    else:
-        manifest["kv"] |= measured
-    write_json(folder / FILE, manifest)
-    return linked
 
 
 def _write(plan: ExportPlan, folder: Path, digests: dict[str, str], progress: Progress) -> bool:

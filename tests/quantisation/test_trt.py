@@ -19,7 +19,7 @@ from mixt_export.quantisation.calibrated import calibrated
 from mixt_export.quantisation.layouts import LAYOUTS, layout_of
 from mixt_export.targets import export, plan_export
 from mixt_export.targets.calibrate import FloatGraph
-from mixt_export.targets.export import _as_floats
+from mixt_export.targets.rounded import as_floats
 from mixt_export.targets.trt import TrtOptions
 from mixt_export.verification.checks import quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
@@ -168,7 +168,7 @@ def test_the_graph_that_is_calibrated_has_the_same_matrices(tmp_path: Path, fami
     for jetpack in (6, 7):
         options = TrtOptions(jetpack=jetpack, max_input_len=16)
         plan = plan_export(source, target="trt", dtype="fp16", trt=options, max_seq_len=64, quantisation=settings(8))
-        floats = plan_export(source, max_seq_len=64, **_as_floats(plan, "auto"))
+        floats = plan_export(source, max_seq_len=64, **as_floats(plan, "auto"))
         assert plan.quantised is not None
         for name, matrix in plan.quantised.matrices.items():
             shape = (matrix.rows, matrix.columns)
