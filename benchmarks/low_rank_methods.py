@@ -31,6 +31,7 @@ METHODS = {
     "svd-llm": ["--method", "svd-llm"],
     "svd-llm-v2": ["--method", "svd-llm-v2"],
     "svd-llm, attended": ["--method", "svd-llm", "--attended"],
+    "svd-llm, remap8": ["--method", "svd-llm", "--store", "remap8"],
     "svd-llm, water-filled": ["--method", "svd-llm", "--ranks", "water-filling"],
     "gfw-svd": ["--method", "gfw-svd"],
     "aa-svd": ["--method", "aa-svd"],

@@ -12,6 +12,7 @@ ALL = (
     "export_cost",
     "faults",
     "fuzz",
+    "int8_cache",
     "killed",
     "low_rank_linear",
     "low_rank_objectives",
