@@ -14,6 +14,7 @@ ALL = (
     "fuzz",
     "int8_cache",
     "killed",
+    "low_rank_data",
     "low_rank_linear",
     "low_rank_objectives",
     "mixt_linear",
