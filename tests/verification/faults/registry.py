@@ -75,7 +75,7 @@ KINDS = (
         (_G.dropped_layer, "llama onnx", "after mlp"),
         (_G.swapped_gate_and_up, "mixt onnx", "mlp, before its down_proj"),
         (_G.wrong_activation, "low-rank ort fp16", "mlp, before its down_proj"),
-        (_G.wrong_gelu, "gpt2 onnx", "mlp, before its c_proj"),
+        (_G.wrong_gelu, "gpt2 onnx", "mlp"),
         (_G.norm_and_linear_out_of_order, "qwen2 ort", "post_attention_layernorm"),
     ),
     *_kinds(
