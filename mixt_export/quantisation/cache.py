@@ -69,15 +69,16 @@ def measure_cache(
     states = [inputs_of(model, window) for window in windows]
     with progress.task("measuring keys and values", len(blocks_of(model.graph.node))) as done:
         for piece in cut(model, (), tuple(names), read):
-            runner = Runner(piece.model, threads) if piece.gives else None
-            for state in states if runner is not None else ():
-                assert runner is not None
+            done(1)
+            if not piece.gives:  # the head
+                continue
+            runner = Runner(piece.model, threads)
+            for state in states:
                 found: Values = runner.run({name: state[name] for name in piece.reads}, {})
                 for name in names.keys() & found.keys():
                     seen = _channels(found.pop(name), turned[names[name][0]] if name.endswith("key") else ())
                     largest[name] = np.maximum(largest[name], seen) if name in largest else seen
                 state.update(found)
-            done(1)
     for name, seen in largest.items():
         scale = np.where(seen > 0, seen / LARGEST, 1.0).astype(np.float32)
         scales.found[names[name]] = scale[None, :, None, :]

@@ -233,7 +233,7 @@ def _scaled(proto: onnx.ModelProto, folder: Path, name: str, factor: float) -> N
     tensor.CopyFrom(numpy_helper.from_array(value, name))
 
 
-@pytest.mark.parametrize(("fault", "what"), [(_smaller, "beyond the range"), (_larger, "rounding them costs")])
+@pytest.mark.parametrize(("fault", "what"), [(_smaller, "beyond the range"), (_larger, "lost by rounding them")])
 def test_scales_that_do_not_fit_are_found_and_their_block_named(
     model: Path, exported: Path, tmp_path: Path, fault: Callable[[onnx.ModelProto, Path], None], what: str
 ) -> None:

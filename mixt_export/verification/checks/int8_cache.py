@@ -25,14 +25,14 @@ def run(context: Context) -> CheckResult:
     scales, fit = cache_scales(context.graph), Fit()
     graph = float_activations(context.graph) if context.matrices else context.graph
     reason, metrics = beside(context, graph, lambda model: rounding_cache(model, scales, fit))
-    clipped, error = max(fit.clipped, key=fit.clipped.__getitem__), max(fit.error, key=fit.error.__getitem__)
-    metrics |= {"clipped": fit.clipped[clipped], "cache_rel_l2": fit.error[error]}
+    metrics |= {"clipped": max(fit.clipped.values()), "cache_rel_l2": max(fit.error.values())}
     where = ""
-    for (layer, part), found, most, what in (
-        (clipped, fit.clipped[clipped], _CLIPPED, "lie beyond the range of their scales"),
-        (error, fit.error[error], _ERROR, "is what rounding them costs"),
+    for found, most, what in (
+        (fit.clipped, _CLIPPED, "lie beyond the range of their scales"),
+        (fit.error, _ERROR, "are lost by rounding them"),
     ):
-        if not reason and found > most:
+        layer, part = max(found, key=found.__getitem__)
+        if not reason and found[layer, part] > most:
             where = f"model.layers.{layer}"
-            reason = f"{where}: {found:.1%} of its {part}s {what}, at most {most:.0%} may"
+            reason = f"{where}: {found[layer, part]:.1%} of its {part}s {what}, at most {most:.0%} may"
     return CheckResult(NAME, TITLE, not reason, reason, where, dict(metrics))
