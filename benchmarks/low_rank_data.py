@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, publish
-from benchmarks.low_rank_methods import TEXTS, cell
+from benchmarks.low_rank_methods import TEXTS, between_marks, cell
 
 NAME = "low_rank_data"
-PAGE = Path(__file__).parent.parent / "docs" / "compression.md"
-BEGIN, END = "[low_rank_data]: # (begin)", "[low_rank_data]: # (end)"
 GFW = ["--method", "gfw-svd"]
 
 
@@ -38,9 +36,7 @@ def main() -> None:
     path = RESULTS / f"{NAME}.json"
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else {}
     if given.render:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        between_marks(NAME, table(rows))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,6 @@ from benchmarks.common import RESULTS, measured, mixt, publish, sample
 
 NAME = "low_rank_methods"
 PAGE = Path(__file__).parent.parent / "docs" / "compression.md"
-BEGIN, END = "[low_rank_methods]: # (begin)", "[low_rank_methods]: # (end)"
 
 #: Row -> arguments of mixt compress. LASER is not here: its truncations are written as dense matrices or as factors of
 #: whatever size lowers the loss, and have no --keep.
@@ -96,12 +95,17 @@ def cell(arguments: list[str], keep: float, windows: int, cache: Path) -> dict[s
 
 
 def render() -> None:
-    """Replace what stands between the marks in the page."""
+    """Write the table into the page."""
     found = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found['cells'])}\n\n{END}{after}", encoding="utf-8")
+    between_marks(NAME, table(found["cells"]))
+
+
+def between_marks(name: str, text: str) -> None:
+    """Replace what stands between the marks of ``name`` in the page."""
+    begin, end = f"[{name}]: # (begin)", f"[{name}]: # (end)"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def table(cells: dict[str, Any]) -> str:
