@@ -6,9 +6,9 @@ from pathlib import Path
 
 from benchmarks.run import ALL
 
-#: run itself, what needs files that are not part of this project or models to be named, and a look behind a result of
-#: planner.
-APART = {"run", "make_texts", "planner_floor", "balance"}
+#: run itself, what needs files that are not part of this project, models to be named or a GPU, and a look behind a
+#: result of planner.
+APART = {"run", "make_texts", "planner_floor", "balance", "kernels_on_gpu"}
 
 
 def test_every_benchmark_is_listed_once() -> None:

@@ -24,7 +24,6 @@ from mixt_export.plan import MixtForm
 from mixt_export.plan.merged import Merged
 from mixt_export.runtime import toolkit
 
-MAX_CORES = 4
 #: TensorRT's parser looks for a plugin of this namespace and version, and takes its ahead-of-time implementation.
 PLUGIN_ATTRIBUTES: dict[str, Any] = {"plugin_namespace": MIXT_DOMAIN, "plugin_version": "1", "aot": 1}
 #: Sizes of a MixT for its kernel, which no shape tells: in, out, then left, rows, columns, right of each window.
@@ -63,7 +62,7 @@ def fused_node(
     """The node for ``form`` at the graph's ``dtype``, None where no kernel serves it.
 
     A MixT in windows is the operator that it is anyway, with attributes for the plugin. A linear whose cores, merged or
-    not, are a tensor train of 2 to 4 sites becomes TTLinear{n}. ``largest_waste``: see tactics.LARGEST_WASTE.
+    not, are a tensor train of two sites becomes TTLinear2. ``largest_waste``: see tactics.LARGEST_WASTE.
     """
     if isinstance(form, MixtForm):
         return _mixture(form, dtype)
@@ -133,11 +132,11 @@ class _Site:
 
 
 def _sites(network: FactorizedLinear) -> list[_Site] | None:
-    """The cores of ``network`` along the chain, None where it is anything but a tensor train of 2 to MAX_CORES."""
+    """The cores of ``network`` along the chain, None where it is anything but a tensor train of two."""
     if len(network.branches) != 1 or network.sparse is not None:
         return None
     (branch,) = network.branches
-    if branch.padded or not 2 <= len(branch.cores) <= MAX_CORES:
+    if branch.padded or len(branch.cores) != toolkit("tactics").CORES:
         return None
     order = _order(branch)
     if order is None:

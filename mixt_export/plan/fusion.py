@@ -1,4 +1,4 @@
-"""What one kernel for a whole linear would take on a GPU: a model, see `gpu`; no kernel was ever timed.
+"""What one kernel for a whole linear would take on a GPU: a model, see `gpu`; none was timed on a board.
 
 The cores are read from memory once, the input read, the output written, nothing in between leaves the chip. The price:
 programs take some tokens each and read the cores again from the second-level cache; where there are fewer blocks of

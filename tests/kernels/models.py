@@ -12,24 +12,17 @@ from mixt_export.targets import export
 from mixt_export.targets.trt import TrtOptions
 from tests.building import models
 
-#: Sizes of the tiny models' features as sites whose last one is a multiple of 8.
-_SITES = {
-    2: {32: (4, 8), 48: (6, 8), 64: (8, 8), 104: (13, 8)},
-    3: {32: (2, 2, 8), 48: (3, 2, 8), 64: (2, 4, 8), 104: (13, 1, 8)},
-}
+#: Sizes of the tiny models' features as two sites whose last one is a multiple of 8.
+_SITES = {32: (4, 8), 48: (6, 8), 64: (8, 8), 104: (13, 8)}
 
 
-def _train(sites: int) -> models.Make:
-    def make(name: str, inside: int, outside: int) -> FactorizedLinear:
-        shapes = _SITES[sites]
-        return build.tensor_train(name, shapes[inside], shapes[outside], (5, 8)[: sites - 1])
-
-    return make
+def _train(name: str, inside: int, outside: int) -> FactorizedLinear:
+    return build.tensor_train(name, _SITES[inside], _SITES[outside], (5,))
 
 
-MAKERS = {"train2": _train(2), "train3": _train(3)}
+MAKERS: dict[str, models.Make] = {"train2": _train}
 #: What the linears are kept in, whatever the planner would prefer at these sizes.
-_FORMS = {"train2": "chain", "train3": "chain", "mixt": "branches"}
+_FORMS = {"train2": "chain", "mixt": "branches"}
 
 
 def exported(

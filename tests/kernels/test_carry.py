@@ -55,15 +55,15 @@ def test_an_export_carries_its_kernels_and_the_next_one_takes_them_from_the_cach
     folder = out / "device" / "kernels"
     index = kernel_files.read_index(folder)
     assert index.operators == ("TTLinear2",)
-    assert sorted(index.kernels) == ["tt2-r16-fp16-a8-odd-1", "tt2-r16-fp16-a8-odd-2"]
+    assert sorted(index.kernels) == ["tt2-r16-k32-j32-a8-odd"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [*(f"{k}.ptx" for k in index.kernels), "index.json"]
     )
     for kernel in index.kernels.values():
         assert f".visible .entry {kernel.entry}(" in kernel.ptx()
     assert notes.said == [
-        "2 kernels compiled for 7 of 7 linears that can use one; TensorRT 10.9 and later launches them. They were "
-        "checked by an assembler and never run on a GPU."
+        "1 kernel compiled for 7 of 7 linears that can use one; TensorRT 10.9 and later launches them. They were "
+        "checked by an assembler; no engine with them was run on a device."
     ]
 
     def no_compiler(kernels: list[Any], _progress: Any) -> Iterator[Any]:
@@ -95,7 +95,7 @@ def test_a_kernel_that_a_gate_stops_leaves_its_operator_out(monkeypatch: pytest.
     index = kernel_files.read_index(out / "device" / "kernels")
     assert index.operators == () and not index.kernels
     assert notes.said[0].startswith("0 kernels compiled for 0 of 7 linears")
-    assert notes.said[0].endswith("Not usable: tt2-r16-fp16-a8-odd-1 (spills: 8 bytes).")
+    assert notes.said[0].endswith("Not usable: tt2-r16-k32-j32-a8-odd (spills: 8 bytes).")
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,18 @@ def test_the_cache_takes_what_passed_and_nothing_that_was_changed(
         compiled.extend(kernels)
         return (Compiled(kernel, f"{kernel.name}\n", "k", 0, 128) for kernel in kernels)
 
-    faults = {"tt2-r16-fp16-a8-2": (Fault("mma", "none"),)}
+    faults = {"tt2-r16-k32-j64-a8": (Fault("mma", "none"),)}
     monkeypatch.setattr(cache, "compile_kernels", compile_kernels)
     monkeypatch.setattr(gates, "inspect", lambda found: Inspection(0, 0, 0, 0, {}, faults.get(found.kernel.name, ())))
-    kernels = [toolkit("tactics").train_kernel(2, 16, "float16", False, 8, False, tactic) for tactic in (1, 2)]
+    make = toolkit("tactics").train_kernel
+    kernels = [make(16, 32, wide, bias=False, align=8, odd=False) for wide in (False, True)]
     for _ in range(2):
         stopped, good = cache.obtain(kernels)
-        assert stopped == Failed(kernels[1], "mma: none") and good.ptx == "tt2-r16-fp16-a8-1\n"
-    assert [kernel.tactic for kernel in compiled] == [1, 2, 2]
+        assert stopped == Failed(kernels[1], "mma: none") and good.ptx == "tt2-r16-k32-j32-a8\n"
+    assert compiled == [kernels[0], kernels[1], kernels[1]]
     (path,) = (tmp_path / "cache" / "kernels").glob("*.json")
-    path.write_text(path.read_text().replace("a8-1", "a8-9"))
-    assert next(iter(cache.obtain(kernels[:1]))).ptx == "tt2-r16-fp16-a8-1\n" and compiled[-1] == kernels[0]
+    path.write_text(path.read_text().replace("j32-a8", "j32-a9"))
+    assert next(iter(cache.obtain(kernels[:1]))).ptx == "tt2-r16-k32-j32-a8\n" and compiled[-1] == kernels[0]
 
 
 KERNEL = {"file": "k.ptx", "sha256": "0", "entry": "k", "threads": 32, "shared": 0}
@@ -155,7 +156,7 @@ def test_a_spoiled_index_is_one_sentence(tmp_path: Path, what: str) -> None:
 def test_a_changed_kernel_is_refused(tmp_path: Path) -> None:
     from tests.kernels.test_plugins import TRAIN, write_index
 
-    index = write_index(tmp_path, [TRAIN.kernels()[0]], ["TTLinear2Bias"])
+    index = write_index(tmp_path, [TRAIN.kernel()], ["TTLinear2Bias"])
     (kernel,) = index.kernels.values()
     kernel.path.write_text(kernel.path.read_text() + "x")
     with pytest.raises(errors.TrtError, match=r"SHA-256 differs.*--no-kernels"):

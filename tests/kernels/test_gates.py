@@ -18,9 +18,9 @@ from mixt_export.runtime import toolkit
 
 tactics = toolkit("tactics")
 
-#: One of each source and of each dtype is compiled here; `make kernels` compiles all of them.
-PINNED = ("tt2-r16-fp16-a8-1", "tt2-r16-fp32-a4-1", "mixt-c4_1-fp16-a4-bias-1")
-GOOD = tactics.train_kernel(2, 16, "float16", False, 8, False, 1)
+#: One of each source is compiled here; `make kernels` compiles all of them.
+PINNED = ("tt2-r16-k32-j32-a8", "mixt-c4_1-a4-bias")
+GOOD = tactics.train_kernel(16, 32, wide=False, bias=False, align=8, odd=False)
 
 
 def changed(kernel: Any, **constants: int) -> Any:
@@ -29,7 +29,7 @@ def changed(kernel: Any, **constants: int) -> Any:
 
 #: Kernels that compile and must not travel: far too large a tile, and one that the compiler knows nothing about.
 BAD = {
-    "large": replace(changed(GOOD, BM=4, BJ1=64), stages=3),
+    "large": replace(changed(GOOD, RP1=32, BM=128, BJ1=64, BK=64), stages=5),
     "unaligned": replace(GOOD, divisible=()),
     "refused": changed(GOOD, BK=12),
 }
@@ -45,7 +45,7 @@ def compiled() -> dict[str, Compiled | Failed]:
 
 @pytest.fixture(scope="module")
 def good(compiled: dict[str, Any]) -> tuple[Compiled, Inspection]:
-    return compiled["tt2-r16-fp16-a8-1"], inspect(compiled["tt2-r16-fp16-a8-1"])
+    return compiled["tt2-r16-k32-j32-a8"], inspect(compiled["tt2-r16-k32-j32-a8"])
 
 
 def test_the_catalogue_is_pinned() -> None:
@@ -65,13 +65,13 @@ def test_pinned_kernels_compile_to_the_pinned_text_and_pass(compiled: dict[str, 
 def test_a_change_is_seen(compiled: dict[str, Any], good: tuple[Compiled, Inspection]) -> None:
     kernel = replace(good[0], ptx=good[0].ptx.replace("add.s32", "sub.s32", 1))
     (said,) = differences(read_golden(), {kernel.kernel.name: entry(kernel, good[1])})
-    assert said.startswith("tt2-r16-fp16-a8-1: is pinned as") and said.endswith("if the change is intended.")
+    assert said.startswith("tt2-r16-k32-j32-a8: is pinned as") and said.endswith("if the change is intended.")
 
 
 def test_a_compiled_kernel_has_the_parameters_of_a_plugin_and_no_path(good: tuple[Compiled, Inspection]) -> None:
     kernel, found = good
     assert found.parameters == kernel.kernel.parameters == 3 + 6 + 1
-    assert kernel.entry == "mixt_tt2_r16_fp16_a8_1" and f".entry {kernel.entry}(" in kernel.ptx
+    assert kernel.entry == "mixt_tt2_r16_k32_j32_a8" and f".entry {kernel.entry}(" in kernel.ptx
     assert "/" not in kernel.ptx and "tt2_param" not in kernel.ptx.replace(f"{kernel.entry}_param", "")
     assert found.mma and found.cp_async and set(found.usage) == {87, 110}
 

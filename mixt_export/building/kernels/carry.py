@@ -43,20 +43,22 @@ def carry_kernels(model: ir.Model, device: Path, progress: Progress = SILENT) ->
             "'mixt-export[kernels]'); TensorRT uses the bodies of the functions instead."
         )
         return Carried((), (), len(nodes), note)
-    wanted = {kernel.name: kernel for _, linear in nodes for kernel in linear.kernels()}
+    asked = [(operator, linear.kernel()) for operator, linear in nodes]
+    wanted = {kernel.name: kernel for _, kernel in asked if kernel is not None}
     compiled, failed = {}, []
     for result in obtain(list(wanted.values()), progress):
         if isinstance(result, Compiled):
             compiled[result.kernel.name] = result
         else:
             failed.append(f"{result.kernel.name} ({result.reason})")
-    bare = {operator for operator, linear in nodes if not any(k.name in compiled for k in linear.kernels())}
+    bare = {operator for operator, kernel in asked if kernel is None or kernel.name not in compiled}
     operators = tuple(sorted({operator for operator, _ in nodes} - bare))
     _write(device / toolkit("kernel_files").FOLDER, compiled, operators)
     served = sum(operator in operators for operator, _ in nodes)
+    many = "1 kernel" if len(compiled) == 1 else f"{len(compiled)} kernels"
     note = (
-        f"{len(compiled)} kernels compiled for {served} of {len(nodes)} linears that can use one; TensorRT 10.9 and "
-        "later launches them. They were checked by an assembler and never run on a GPU."
+        f"{many} compiled for {served} of {len(nodes)} linears that can use one; TensorRT 10.9 and later launches "
+        "them. They were checked by an assembler; no engine with them was run on a device."
     )
     return Carried(tuple(compiled), operators, len(nodes), f"{note} Not usable: {failed[0]}." if failed else note)
 

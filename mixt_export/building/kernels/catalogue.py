@@ -14,16 +14,11 @@ def catalogue() -> list[Any]:
     """Kernels (tactics.Kernel) that golden.py pins, in a fixed order."""
     tactics = toolkit("tactics")
     found = []
-    for dtype, aligns in tactics.ALIGNMENTS.items():
-        found += tactics.train_kernels(dtype, False, aligns[0])
-        found += tactics.train_kernels(dtype, False, aligns[0], odd=True)
-        found += tactics.train_kernels(dtype, True, aligns[0])[:2]
-        numbers = range(1, len(tactics.MIXTURE_TILES[dtype]) + 1)
-        for spectators in _SPECTATORS:
-            for transposed in (False, True):
-                found += [
-                    tactics.mixture_kernel(spectators, transposed, dtype, False, aligns[0], number)
-                    for number in numbers
-                ]
-        found += [tactics.mixture_kernel((4, 1), False, dtype, True, aligns[-1], number) for number in numbers]
+    widest, least = tactics.ALIGNMENTS
+    found += tactics.train_kernels(False, widest)
+    found += tactics.train_kernels(False, widest, odd=True)
+    found += tactics.train_kernels(True, widest)[:2]
+    for spectators in _SPECTATORS:
+        found += [tactics.mixture_kernel(spectators, left, False, widest) for left in (False, True)]
+    found.append(tactics.mixture_kernel((4, 1), False, True, least))
     return found

@@ -20,6 +20,8 @@ from mixt_export.errors import MissingDependencyError
 #: Dynamic shared memory that a launch may ask for without raising a limit first; whether TensorRT raises it is unknown.
 MAX_SHARED = 49152
 MAX_REGISTERS = 255
+#: Bytes a thread may spill: the assembler puts a number or two aside, outside loops, to fit one more block on a core.
+MAX_SPILLED = 32
 #: Loads of single 16-bit numbers; a bias and ends of rows may need some, a loop over unaligned rows has many more.
 MAX_SCALAR_LOADS = 8
 
@@ -108,7 +110,7 @@ def _tool(name: str) -> Path:
 
 
 def _spills(_compiled: Compiled, found: Inspection) -> str | None:
-    over = {capability: usage.spilled for capability, usage in found.usage.items() if usage.spilled}
+    over = {capability: usage.spilled for capability, usage in found.usage.items() if usage.spilled > MAX_SPILLED}
     return f"registers spill: {_listed(over, 'bytes')}" if over else None
 
 

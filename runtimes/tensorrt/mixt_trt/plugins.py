@@ -24,6 +24,8 @@ NAMESPACE = "mixt"
 FIRST_VERSION = "10.9"
 
 _TYPES = {"FP16": "float16", "FP32": "float32"}
+#: One kernel serves a linear at every number of tokens; TensorRT wants its number.
+_TACTIC = 1
 
 
 def plugin_module(module: Any) -> Any | None:
@@ -88,19 +90,17 @@ def _register(module: Any, plugin: Any, operator: str, index: KernelIndex, texts
         tensors, given = _split(values[:-1], inputs, attributes)
         types = []
         for name, dtype in _TYPES.items():
-            kernels = make(operator.removesuffix("Bias"), tensors, given, dtype, bias).kernels()
-            served = [kernel.tactic for kernel in kernels if kernel.name in texts]
-            if served:
-                types.append(plugin.AutoTuneCombination(", ".join([name] * (len(inputs) + 1)), "LINEAR", served))
+            kernel = make(operator.removesuffix("Bias"), tensors, given, dtype, bias).kernel()
+            if kernel is not None and kernel.name in texts:
+                types.append(plugin.AutoTuneCombination(", ".join([name] * (len(inputs) + 1)), "LINEAR", [_TACTIC]))
         return types
 
     def launch(*values: Any) -> Any:
-        *values_, outputs, tactic = values
-        del outputs
+        *values_, _outputs, _tactic = values
         tensors, given = _split(values_, inputs, attributes)
         dtype = "float16" if tensors[0].dtype == module.DataType.HALF else "float32"
         linear = make(operator.removesuffix("Bias"), tensors, given, dtype, bias)
-        kernel = next(kernel for kernel in linear.kernels() if kernel.tactic == tactic)
+        kernel = linear.kernel()
         return _launch(plugin, linear, kernel, index.kernels[kernel.name], texts[kernel.name], tensors[0])
 
     desc = plugin.TensorDesc
@@ -119,7 +119,9 @@ def _launch(plugin: Any, linear: Any, kernel: tactics.Kernel, file: KernelFile, 
     how = linear.launch(kernel)
     tokens = x.shape_expr[0] * x.shape_expr[1]
     grid = plugin.KernelLaunchParams()
-    grid.grid_x, grid.grid_y, grid.grid_z = plugin.cdiv(tokens, how.tokens), how.y, how.z
+    few = tokens * how.turns if how.apart else how.turns
+    grid.grid_x, grid.grid_y = plugin.cdiv(tokens, how.tokens), how.blocks
+    grid.grid_z = (tokens < tactics.FEW + 1) * (few - 1) + 1
     grid.block_x, grid.shared_mem = file.threads, file.shared
     numbers = plugin.SymIntExprs(1 + len(how.numbers))
     numbers[0] = plugin.SymInt32(tokens)

@@ -1,35 +1,42 @@
-"""Which compiled kernels serve a linear, and how they are launched. Plain numbers: neither TensorRT nor Triton.
+"""Which compiled kernel serves a linear, and how it is launched. Plain numbers: neither TensorRT nor Triton.
 
-A kernel is a function of runtimes/tensorrt/kernels with constants; sizes are arguments, so one serves many linears. Two
-tactics per kind: the first for few tokens (decoding), the second for many; TensorRT times both and takes one.
+A kernel is a function of runtimes/tensorrt/kernels with constants; sizes are arguments, so one serves many linears. It
+has tiles for few tokens (decoding) and for many, and picks by the number of tokens it is given: an engine with one
+profile times a plugin at one size only. Tiles were chosen by timing them on a GPU (docs/kernels.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-#: Most executed multiply-adds per needed one: tiles that hardly fit a shape are slower than the function's body.
-LARGEST_WASTE = 6.0
+#: Most executed multiply-adds per needed one with many tokens: beyond, a kernel is slower than the function's body.
+LARGEST_WASTE = 1.5
 
-#: dtype -> widest vector of a load, in elements (16 bytes), and its half, which the Tensor Core kernels still take.
-ALIGNMENTS = {"float16": (8, 4), "float32": (4,)}
-_SHORT = {"float16": "fp16", "float32": "fp32"}
+#: Most multiply-adds of a MixT for each token: beyond, its time is that of its products; libraries have better ones.
+LARGEST_WORK = 12_000_000
 
-#: Ranks are padded to one of these inside a kernel.
-RANKS = (16, 32, 64)
+#: The dtype that kernels compute in, and the operators' number of cores or windows.
+DTYPE = "float16"
+CORES = 2
+MAX_WINDOWS = 6
+
+#: Widest vector of a load, in elements (16 bytes), and its half, which kernels still take.
+ALIGNMENTS = (8, 4)
+#: Ranks, and the last input mode, are padded to one of these inside a kernel.
+RANKS = (16, 32)
+DEPTHS = (32, 64)
+#: Up to so many tokens kernels use their tiles for few.
+FEW = 16
 #: Largest number of trailing spectators of a MixT window.
 MAX_SPECTATORS = 16
 
-MAX_WINDOWS = 6
 #: Numbers that are passed for each window.
 _SIZES = ("LEFT", "ROWS", "COLUMNS")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel to compile: ``function`` of the Triton module ``module`` with ``constants``, for one dtype.
+    """One kernel to compile: ``function`` of the Triton module ``module`` with ``constants``.
 
     ``align``: elements that rows of the activation and of matrices are a multiple of, of ``odd`` kernels all but those
     that ranks make; ``divisible``: the numbers that are therefore multiples. ``matrices``: core or weight inputs.
@@ -39,17 +46,16 @@ class Kernel:
     module: str
     function: str
     kind: str
-    dtype: str
     bias: bool
     align: int
-    tactic: int
     matrices: int
     numbers: int
     constants: tuple[tuple[str, int], ...]
     divisible: tuple[tuple[str, int], ...]
-    warps: int
     stages: int
     odd: bool = False
+    warps: int = 4
+    dtype: str = DTYPE
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -61,8 +67,7 @@ class Kernel:
     @property
     def name(self) -> str:
         """File stem, unique among kernels."""
-        extras = f"{'-odd' if self.odd else ''}{'-bias' if self.bias else ''}"
-        return f"{self.kind}-{_SHORT[self.dtype]}-a{self.align}{extras}-{self.tactic}"
+        return f"{self.kind}-a{self.align}{'-odd' if self.odd else ''}{'-bias' if self.bias else ''}"
 
     @property
     def parameters(self) -> int:
@@ -76,17 +81,26 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel runs over T tokens: grid (T / ``tokens`` rounded up, ``y``, ``z``), extras (T, *``numbers``)."""
+    """How a kernel runs over T tokens: grid (T / ``tokens`` rounded up, ``blocks``, z), extras (T, *``numbers``).
+
+    z is 1, but up to `FEW` tokens ``turns``, or ``turns`` · T where ``apart``: tiles for few tokens are smaller.
+    """
 
     tokens: int
-    y: int
-    z: int
+    blocks: int
+    turns: int
+    apart: bool
     numbers: tuple[int, ...]
+
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        """The grid for a number of tokens."""
+        z = self.turns * (tokens if self.apart else 1) if tokens <= FEW else 1
+        return -(-tokens // self.tokens), self.blocks, z
 
 
 @dataclass(frozen=True)
 class Train:
-    """A tensor train of 2 to 4 cores (r_(k-1), out_k, in_k, r_k); ``ranks`` are the inner ones."""
+    """A tensor train of cores (r_(k-1), out_k, in_k, r_k), of which kernels take two; ``ranks`` are the inner ones."""
 
     in_modes: tuple[int, ...]
     out_modes: tuple[int, ...]
@@ -94,72 +108,56 @@ class Train:
     dtype: str
     bias: bool = False
 
-    def kernels(self) -> tuple[Kernel, ...]:
-        """Kernels for this linear, one per tactic; empty where `refusal` says why."""
-        if self.refusal() is not None:
-            return ()
-        return tuple(kernel for kernel in self.candidates() if self.waste(kernel) <= LARGEST_WASTE)
+    def kernel(self) -> Kernel | None:
+        """The kernel for this linear; None where `refusal` says why."""
+        return None if self.refusal() is not None else self.candidate()
 
     def refusal(self, largest_waste: float | None = None) -> str | None:
         """Why no kernel serves this linear, None when one does; ``largest_waste``: LARGEST_WASTE where it is None."""
-        sites = len(self.in_modes)
-        if self.dtype not in ALIGNMENTS:
+        if self.dtype != DTYPE:
             return f"there are no kernels for {self.dtype}"
-        if not self.candidates():
-            return f"no kernel has {sites} cores with ranks up to {max(self.ranks, default=1)}"
+        kernel = self.candidate()
+        if kernel is None:
+            most = f"{CORES} cores with a rank up to {RANKS[-1]} and a last input mode up to {DEPTHS[-1]}"
+            return f"kernels have {most}, not {len(self.in_modes)} cores of {self.in_modes} with ranks {self.ranks}"
         if self._align() is None:
-            return f"the last input mode {self.in_modes[-1]} is no multiple of {ALIGNMENTS[self.dtype][-1]}"
-        waste = min(map(self.waste, self.candidates()))
+            return f"the last input mode {self.in_modes[-1]} is no multiple of {ALIGNMENTS[-1]}"
+        waste = self.waste(kernel)
         if waste > (LARGEST_WASTE if largest_waste is None else largest_waste):
             return f"the tiles execute {waste:.1f} times the multiply-adds of modes {self.in_modes} x {self.out_modes}"
         return None
 
     def launch(self, kernel: Kernel) -> Launch:
-        """Grid and numbers for ``kernel``, which is one of `kernels`."""
-        first, *rest = (-(-size // kernel.constant(f"BJ{site}")) for site, size in enumerate(self.out_modes, 1))
-        return Launch(kernel.constant("BM"), first, prod(rest), (*self.in_modes, *self.out_modes, *self.ranks))
+        """Grid and numbers for ``kernel``, which is that of this linear."""
+        few, many = (
+            -(-self.out_modes[0] // kernel.constant(first)) * -(-self.out_modes[1] // kernel.constant(last))
+            for first, last in (("FJ1", "FJ2"), ("BJ1", "BJ2"))
+        )
+        numbers = (*self.in_modes, *self.out_modes, *self.ranks)
+        return Launch(kernel.constant("BM"), many, -(-few // many), True, numbers)
 
     def _align(self) -> int | None:
-        return next((align for align in ALIGNMENTS[self.dtype] if self.in_modes[-1] % align == 0), None)
+        return next((align for align in ALIGNMENTS if self.in_modes[-1] % align == 0), None)
 
-    def candidates(self) -> list[Kernel]:
-        """Kernels that compute this linear, however badly their tiles fit it; they need `refusal`'s alignment."""
-        padded = next((rank for rank in RANKS if rank >= max(self.ranks, default=1)), 0)
-        tiles = _TRAIN_TILES.get((len(self.in_modes), padded, self.dtype), ())
+    def candidate(self) -> Kernel | None:
+        """The kernel that computes this linear, however badly its tiles fit; it needs `refusal`'s alignment."""
+        if len(self.in_modes) != CORES:
+            return None
+        rank = next((rank for rank in RANKS if rank >= self.ranks[0]), None)
+        depth = next((depth for depth in DEPTHS if depth >= self.in_modes[-1]), None)
+        if rank is None or depth is None:
+            return None
         align = self._align() or 1
-        odd = any(rank % align for rank in self.ranks)
-        return [
-            train_kernel(len(self.in_modes), padded, self.dtype, self.bias, align, odd, number)
-            for number in range(1, len(tiles) + 1)
-        ]
+        wide = self.out_modes[0] > _NARROW
+        return train_kernel(rank, depth, wide, self.bias, align, odd=self.ranks[0] % align > 0)
 
     def waste(self, kernel: Kernel) -> float:
-        """Multiply-adds that ``kernel`` executes, padding and repetition included, for each that the chain needs."""
-        sites, ranks = len(self.in_modes), (1, *self.ranks, 1)
-        needed, outputs, inputs = 0, 1, prod(self.in_modes)
-        for site in reversed(range(sites)):
-            needed += inputs * ranks[site + 1] * ranks[site] * self.out_modes[site] * outputs
-            inputs //= self.in_modes[site]
-            outputs *= self.out_modes[site]
-        launch = self.launch(kernel)
-        return launch.y * launch.z * self._executed(kernel) / (launch.tokens * needed)
-
-    def _executed(self, kernel: Kernel) -> int:
-        """Multiply-adds of one program, padding included."""
-        sites = len(self.in_modes)
-        rows, chunk, depth, padded = (kernel.constant(name) for name in ("BM", "BI", "BK", "RP1"))
-        blocks = [kernel.constant(f"BJ{site}") for site in range(1, sites + 1)]
-        leading = prod(self.in_modes[:-2])
-        walks = leading * -(-self.in_modes[-2] // chunk)
-        total = walks * rows * chunk * padded * blocks[-1] * (-(-self.in_modes[-1] // depth) * depth)
-        columns = rows * blocks[-1]
-        for site in reversed(range(sites - 1)):
-            above = padded if site else 1
-            inner = chunk * padded if site == sites - 2 else padded
-            times = walks if site == sites - 2 else prod(self.in_modes[: site + 1])
-            total += times * above * blocks[site] * inner * columns
-            columns *= blocks[site]
-        return total
+        """Multiply-adds that ``kernel`` executes with many tokens, padding included, for each that the chain needs."""
+        (i1, i2), (j1, j2), (rank,) = self.in_modes, self.out_modes, self.ranks
+        first, last = kernel.constant("BJ1"), kernel.constant("BJ2")
+        columns = -(-j2 // last) * last
+        executed = i1 * kernel.constant("RP1") * columns * -(-j1 // first) * (kernel.constant("BK") + first)
+        return executed / (i1 * rank * j2 * (i2 + j1))
 
 
 @dataclass(frozen=True)
@@ -186,21 +184,20 @@ class Mixture:
     dtype: str
     bias: bool = False
 
-    def kernels(self) -> tuple[Kernel, ...]:
-        """Kernels for this linear, one per tactic; empty where `refusal` says why."""
-        if self.refusal() is not None:
-            return ()
-        return tuple(
-            mixture_kernel(self._spectators(), self.transposed, self.dtype, self.bias, self._align() or 1, tactic)
-            for tactic in range(1, len(MIXTURE_TILES[self.dtype]) + 1)
-        )
+    def kernel(self) -> Kernel | None:
+        """The kernel for this linear; None where `refusal` says why."""
+        return None if self.refusal() is not None else self.candidate()
+
+    def candidate(self) -> Kernel:
+        """The kernel that computes this linear, however large it is; `refusal` says what else it needs."""
+        return mixture_kernel(self._spectators(), self.transposed, self.bias, self._align() or 1)
 
     def refusal(self) -> str | None:
         """Why no kernel serves this linear, None when one does."""
         spectators = self._spectators()
-        if self.dtype not in ALIGNMENTS:
+        if self.dtype != DTYPE:
             return f"there are no kernels for {self.dtype}"
-        if not 2 <= len(self.windows) <= 6:
+        if not 2 <= len(self.windows) <= MAX_WINDOWS:
             return f"no kernel has {len(self.windows)} windows"
         if spectators[-1] != 1 or any(size > MAX_SPECTATORS or size & (size - 1) for size in spectators):
             return f"the trailing spectators {spectators} are no powers of two up to {MAX_SPECTATORS} ending in 1"
@@ -210,17 +207,21 @@ class Mixture:
         if segment % spectators[0]:
             return f"segments of {segment} features are no multiple of {spectators[0]} spectators"
         if self._align() is None:
-            least = ALIGNMENTS[self.dtype][-1]
-            return f"the rows of its weights do not begin at multiples of {least} elements"
+            return f"the rows of its weights do not begin at multiples of {ALIGNMENTS[-1]} elements"
+        work = sum(window.left * window.rows * window.columns * window.right for window in self.windows)
+        if work > LARGEST_WORK:
+            millions = f"{work / 1e6:.1f} million multiply-adds"
+            return f"its windows take {millions} a token, which products of their own do faster"
         return None
 
     def launch(self, kernel: Kernel) -> Launch:
-        """Grid and numbers for ``kernel``, which is one of `kernels`."""
+        """Grid and numbers for ``kernel``, which is that of this linear."""
         segment = self.windows[-1].rows
         sizes = [number for window in self.windows for number in (window.left, window.rows, window.columns)]
         numbers = (self.in_features, self.out_features, *sizes, segment)
-        blocks = -(-segment // kernel.constant("BF"))
-        return Launch(kernel.constant("BM"), blocks, -(-self.out_features // segment), numbers)
+        blocks = -(-segment // kernel.constant("BF")) * -(-self.out_features // segment)
+        turns = kernel.constant("BF") // kernel.constant("FF")
+        return Launch(kernel.constant("BM"), blocks, turns, False, numbers)
 
     def _spectators(self) -> tuple[int, ...]:
         return tuple(window.right for window in self.windows)
@@ -233,94 +234,52 @@ class Mixture:
             segment = self.windows[-1].rows
             sizes += [window.rows for window in self.windows]
             sizes += [segment // window.right for window in self.windows]
-        return next((align for align in ALIGNMENTS[self.dtype] if all(size % align == 0 for size in sizes)), None)
+        return next((align for align in ALIGNMENTS if all(size % align == 0 for size in sizes)), None)
 
 
-@dataclass(frozen=True)
-class _TrainTile:
-    tokens: int
-    chunk: int
-    depth: int
-    blocks: tuple[int, ...]
-    warps: int
-    stages: int
+#: Output modes j_1 up to this take a narrow tile.
+_NARROW = 32
 
 
-#: (cores, padded rank, dtype) -> one tile per tactic: few tokens, many tokens. Found by compiling: no spill, shared
-#: memory that every device has, fewest registers. None was ever timed on a device.
-_TRAIN_TILES: Mapping[tuple[int, int, str], tuple[_TrainTile, ...]] = {
-    (2, 16, "float16"): (_TrainTile(1, 16, 32, (16, 16), 4, 2), _TrainTile(2, 16, 32, (64, 16), 8, 2)),
-    (2, 32, "float16"): (_TrainTile(1, 16, 32, (16, 8), 4, 2), _TrainTile(2, 8, 32, (64, 8), 8, 3)),
-    (2, 64, "float16"): (_TrainTile(1, 8, 32, (32, 8), 8, 2), _TrainTile(2, 8, 32, (32, 8), 8, 2)),
-    (3, 16, "float16"): (_TrainTile(1, 16, 32, (16, 4, 8), 4, 2), _TrainTile(2, 8, 32, (16, 4, 8), 8, 2)),
-    (3, 32, "float16"): (_TrainTile(1, 8, 32, (16, 1, 8), 8, 2), _TrainTile(2, 8, 32, (16, 1, 8), 8, 2)),
-    (4, 16, "float16"): (_TrainTile(1, 16, 16, (8, 1, 2, 8), 4, 2),),
-    (2, 16, "float32"): (_TrainTile(1, 4, 16, (16, 8), 4, 2), _TrainTile(2, 4, 16, (32, 8), 4, 2)),
-    (2, 32, "float32"): (_TrainTile(1, 4, 16, (16, 8), 4, 2), _TrainTile(2, 4, 16, (16, 8), 8, 2)),
-    (2, 64, "float32"): (_TrainTile(1, 4, 16, (16, 4), 8, 2),),
-    (3, 16, "float32"): (_TrainTile(1, 4, 16, (16, 1, 8), 4, 2),),
-}
+def train_kernel(rank: int, depth: int, wide: bool, bias: bool, align: int, odd: bool) -> Kernel:
+    """The kernel of two cores whose rank and last input mode are padded to ``rank`` and ``depth``.
 
-
-@dataclass(frozen=True)
-class MixtureTile:
-    """``features`` and ``depth`` are for windows without spectators; both adapt to the number of spectators."""
-
-    tokens: int
-    features: int
-    depth: int
-    warps: int
-    stages: int
-
-
-MIXTURE_TILES: Mapping[str, tuple[MixtureTile, ...]] = {
-    "float16": (MixtureTile(16, 32, 64, 4, 3), MixtureTile(32, 128, 32, 8, 3)),
-    "float32": (MixtureTile(16, 32, 16, 8, 2), MixtureTile(32, 64, 16, 8, 2)),
-}
-
-
-#: From so many windows on the wide tiles run out of registers.
-_MANY_WINDOWS = 4
-
-
-def train_kernel(cores: int, rank: int, dtype: str, bias: bool, align: int, odd: bool, tactic: int) -> Kernel:
-    """The kernel of ``cores`` cores whose ranks are padded to ``rank``; ``odd``: they are no multiples of ``align``."""
-    tile = _TRAIN_TILES[cores, rank, dtype][tactic - 1]
-    constants = {"BM": tile.tokens, "BI": tile.chunk, "BK": tile.depth}
-    constants |= {f"BJ{site}": block for site, block in enumerate(tile.blocks, 1)}
-    constants |= {f"RP{bond}": rank for bond in range(1, cores)}
-    divisible = ((f"I{cores}", align), *((f"R{bond}", 1 if odd else align) for bond in range(1, cores)))
+    ``wide``: tiles of 64 values of j_1 instead of 32; ``odd``: the rank is no multiple of ``align``.
+    """
+    few = {"BI": 32, "FJ1": 16, "FJ2": 4}
+    many = {"BM": 64, "BJ1": 64 if wide else _NARROW, "BJ2": 64 // rank}
+    constants = {"RP1": rank, "BK": depth, "FEW": FEW, **few, **many}
+    divisible = (("I2", align), ("R1", 1 if odd else align))
+    kind = f"tt2-r{rank}-k{depth}-j{constants['BJ1']}"
     return Kernel(
-        "tt", f"tt{cores}", f"tt{cores}-r{rank}", dtype, bias, align, tactic, cores, 3 * cores,
-        tuple(constants.items()), divisible, tile.warps, tile.stages, odd,
+        "tt", "tt2", kind, bias, align, CORES, 3 * CORES, tuple(constants.items()), divisible,
+        stages=3, odd=odd,
     )  # fmt: skip
 
 
-def mixture_kernel(
-    spectators: tuple[int, ...], transposed: bool, dtype: str, bias: bool, align: int, tactic: int
-) -> Kernel:
+def mixture_kernel(spectators: tuple[int, ...], transposed: bool, bias: bool, align: int) -> Kernel:
     """The kernel of windows with these trailing spectators."""
-    tile, most = MIXTURE_TILES[dtype][tactic - 1], max(spectators)
-    features = tile.features if len(spectators) < _MANY_WINDOWS else tile.features // 2
-    constants = {"BM": tile.tokens, "BF": max(features, 8 * most), "BK": min(tile.depth, max(16, 256 // most))}
-    constants |= {f"C{number}": size for number, size in enumerate((*spectators, *[1] * (6 - len(spectators))), 1)}
-    constants |= {"TRANSPOSED": int(transposed), "ALIGN": align}
+    most = max(spectators)
+    depth = max(16, 256 // most)
+    constants = {f"C{number}": size for number, size in enumerate((*spectators, *[1] * 5)[:MAX_WINDOWS], 1)}
+    constants |= {"FEW": FEW, "FF": max(32, 8 * most), "FK": min(64, depth)}
+    constants |= {"BM": 32, "BF": 128, "BK": min(32, depth), "TRANSPOSED": int(transposed), "ALIGN": align}
     divisible = [("IN", align), ("SEGMENT", most if transposed else most * align)]
     for number, right in enumerate(spectators, 1):
         divisible += [(f"COLUMNS{number}", align if transposed else max(1, align // right))]
         divisible += [] if transposed else [(f"ROWS{number}", align)]
     kind = f"mixt-c{'_'.join(map(str, spectators))}{'-left' if transposed else ''}"
     return Kernel(
-        "mixt", "mixt", kind, dtype, bias, align, tactic, len(spectators), 4 + 3 * len(spectators),
-        tuple(constants.items()), tuple(divisible), tile.warps, tile.stages,
+        "mixt", "mixt", kind, bias, align, len(spectators), 4 + 3 * len(spectators),
+        tuple(constants.items()), tuple(divisible), stages=3,
     )  # fmt: skip
 
 
-def train_kernels(dtype: str, bias: bool, align: int, odd: bool = False) -> list[Kernel]:
-    """Every kernel of tensor trains for ``dtype``."""
+def train_kernels(bias: bool, align: int, odd: bool = False) -> list[Kernel]:
+    """Every kernel of tensor trains."""
     return [
-        train_kernel(cores, rank, kind, bias, align, odd, tactic)
-        for (cores, rank, kind), tiles in _TRAIN_TILES.items()
-        if kind == dtype
-        for tactic in range(1, len(tiles) + 1)
+        train_kernel(rank, depth, wide, bias, align, odd)
+        for rank in RANKS
+        for depth in DEPTHS
+        for wide in (False, True)
     ]
