@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 ALL = (
+    "attention",
     "export_cost",
     "faults",
     "fuzz",

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ _FIRST_CAPACITY = 256
 #: `generate` processes prompts in pieces of this many tokens: activations stay in the processor's caches, which is
 #: faster than one long piece and takes less memory.
 _PREFILL_CHUNK = 256
+#: What ONNX Runtime reads while a session is made: whether its attention on a CPU works in tiles.
+_TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 Logits = npt.NDArray[np.float32]
 _Described = tuple[str, tuple[int | None, ...]]
@@ -444,7 +447,8 @@ class Model:
         if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            self.session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            with _attention(self.manifest):
+                self.session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             # onnxruntime's exceptions have no common base class
             raise FolderError(f"{path}: ONNX Runtime cannot load it: {_first_line(error)}.") from error
@@ -691,6 +695,22 @@ def _check_graph(path: Path, session: Any, manifest: Manifest) -> None:
                     f"{path}: {kind} {name!r} is {found_type} {list(found_sizes)}, but {MANIFEST_FILE} says {dtype} "
                     f"{['?' if size is None else size for size in sizes]}; export the model again."
                 )
+
+
+@contextmanager
+def _attention(manifest: Manifest) -> Iterator[None]:
+    """While a session is made: attend with whole rows of scores, which prompts in short pieces are faster with.
+
+    Not with int8 keys, which only tiles read without widening them first. What the environment says already stays.
+    """
+    if manifest.kv_dtype == "int8" or _TILES_OFF in os.environ:
+        yield
+        return
+    os.environ[_TILES_OFF] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TILES_OFF]
 
 
 def _first_line(error: Exception) -> str:
