@@ -14,6 +14,8 @@ DTYPE_FACTOR, DTYPE_FLOOR = 2.0, 1e-4
 #: Where PyTorch itself overflows at the dtype there is no cost to compare with.
 OVERFLOW_TOLERANCE = 1e-2
 LOW_PRECISION_COSINE = 0.999
+#: Where the bar is wider (bfloat16, mostly), seeing no top token change in a few positions does not say that none does.
+WIDE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def dtype_gate(cost: DtypeCost, tolerance: float | None) -> Gate:
     overflow = not math.isfinite(cost.rel_l2)
     bar = tolerance or (OVERFLOW_TOLERANCE if overflow else allowed(cost.rel_l2))
     layers = [bar if not math.isfinite(error) else allowed(error) for error in cost.layers]
+    flips = max(cost.flips, 1) if bar > WIDE else cost.flips
+    # 1 - cosine is half the square of the relative error, as far as that is perpendicular
+    cosine = 1 - DTYPE_FACTOR**2 * (1 - cost.cosine) if math.isfinite(cost.cosine) else LOW_PRECISION_COSINE
     origin = f"{DTYPE_FACTOR:g} x what PyTorch loses at {cost.dtype}, plus {DTYPE_FLOOR:g}"
     if overflow:
         origin = f"PyTorch itself overflows at {cost.dtype}; fixed tolerance"
@@ -101,8 +106,8 @@ def dtype_gate(cost: DtypeCost, tolerance: float | None) -> Gate:
         bar,
         layers,
         0.0 if tolerance or not math.isfinite(cost.far) else allowed(cost.far),
-        cosine=LOW_PRECISION_COSINE,
-        flip_rate=cost.flips / max(cost.positions, 1),
+        cosine=min(LOW_PRECISION_COSINE, cosine),
+        flip_rate=flips / max(cost.positions, 1),
         origin="--tolerance" if tolerance else origin,
         cost=cost,
     )

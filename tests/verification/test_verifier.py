@@ -68,6 +68,15 @@ def test_gates() -> None:
     assert dtype_gate(cost(1e-3, []), 0.5).tolerance == 0.5
 
 
+def test_a_wide_bar_is_wide_in_every_respect() -> None:
+    """bfloat16: twice the error leaves less of the cosine, and one flip passes that PyTorch did not make."""
+    fine = dtype_gate(cost(1e-3, []), None)
+    assert (fine.cosine, fine.flip_rate) == (0.999, 0.0)
+    wide = dtype_gate(replace(cost(0.05, []), cosine=0.9988), None)
+    assert wide.cosine == pytest.approx(0.9952) and wide.flip_rate == 0.01
+    assert dtype_gate(cost(0.05, [], flips=3), None).flip_rate == 0.03
+
+
 def test_a_gate_says_why() -> None:
     expected = np.tile(np.array([[5.0, 4.0, -3.0]]), (50, 1))
     gate = dtype_gate(cost(0.05, [], flips=2), None)
