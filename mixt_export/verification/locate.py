@@ -116,7 +116,7 @@ def _after(context: Context, route: Route) -> str:
     else:
         expected = context.torch.logits(tokens)
     runner = context.observed([picker.input[0]])
-    cache = [array.astype(runner.element) for array in route.past] or None
+    cache = runner.given(route.past) if route.past else None
     width = len(tokens) + (route.past[0].shape[2] if route.past else 0)
     step = runner.run(tokens[None, :], np.ones((1, width), np.int64), cache)
     ours = _rows(step.layers[0][0])
