@@ -33,7 +33,7 @@ _CACHE = 4
 
 def find_smoothing(lowered: LoweredModel, found: Found) -> Smoothing:
     """Groups of products among the matrices ``found``; empty where none fits."""
-    finder = _Finder(found)
+    finder = _Finder(lowered.model.graph, found)
     groups = (finder.group(node) for node in lowered.model.graph)
     return Smoothing([group for group in groups if group is not None])
 
@@ -53,11 +53,12 @@ def with_integer_products(found: Found, smoothing: Smoothing) -> dict[str, tuple
 
 
 class _Finder:
-    def __init__(self, found: Found) -> None:
+    def __init__(self, graph: ir.Graph, found: Found) -> None:
         self._products = {
             uses[0].node: matrix
             for matrix, uses in found.values()
-            if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and not matrix.embedding
+            if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and uses[0].node.graph is graph
+            if not matrix.embedding
         }
 
     def group(self, node: ir.Node) -> Group | None:
