@@ -6,19 +6,18 @@ MatMulNBits at accuracy level 4 in blocks, DynamicQuantizeMatMul with one scale 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import onnx
 
 from mixt_export.network import Branch
 from mixt_export.quantisation.blocks import dequantised
 from mixt_export.verification.context import Context
 from mixt_export.verification.int8_cache import float_cache
 from mixt_export.verification.metrics import relative_l2
-from mixt_export.verification.quantised import INTEGER, Matrix
+from mixt_export.verification.quantised import INTEGER, Matrix, ends_of
 from mixt_export.verification.session import ExportedRunner
 from mixt_export.verification.torch_model import TorchModel
 
@@ -90,8 +89,7 @@ def products_apart(context: Context) -> tuple[float, str]:
         if node.op_type == INTEGER:
             if node.input[1] not in matrices:
                 return math.inf, node.name
-            apart = matrices[node.input[1]].activations == "token"
-            ends[node.input[1]] = _outside(node, nodes) if apart else (node.input[0], node.output[0])
+            ends[node.input[1]] = ends_of(node, matrices[node.input[1]], nodes)
     values = list(dict.fromkeys(name for pair in ends.values() for name in pair))
     if not values:
         return 0.0, ""
@@ -106,13 +104,6 @@ def products_apart(context: Context) -> tuple[float, str]:
         expected = read[0].astype(np.float64) @ dequantised(matrix.blocks()).astype(np.float64).T
         worst = max(worst, (relative_l2(found[result][0], expected), matrix.linear))
     return worst
-
-
-def _outside(node: onnx.NodeProto, nodes: Iterable[onnx.NodeProto]) -> tuple[str, str]:
-    """What is divided before the product ``node``, and what its output, multiplied, is called."""
-    source = next((each.input[0] for each in nodes if node.input[0] in each.output), node.input[0])
-    result = next((each.output[0] for each in nodes if node.output[0] in each.input), node.output[0])
-    return source, result
 
 
 @contextmanager

@@ -8,7 +8,7 @@ integers are from the weights they stand for another (checks.quantised_weights).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,34 @@ def matrices_of(graph: ExportedGraph, manifest: Mapping[str, Any]) -> dict[str, 
                 f"{graph.folder}: the manifest's entry of the quantised matrix {name!r} does not fit the graph "
                 f"({error}); export again."
             ) from error
+    return found
+
+
+def ends_of(node: onnx.NodeProto, matrix: Matrix, nodes: Iterable[onnx.NodeProto]) -> tuple[str, str]:
+    """What the product ``node`` by ``matrix`` reads and gives, with what divides and multiplies tokens around it."""
+    source, result = node.input[0], node.output[0]
+    if matrix.activations == "token":
+        source = next((each.input[0] for each in nodes if source in each.output), source)
+        result = next((each.output[0] for each in nodes if result in each.input), result)
+    return source, result
+
+
+def smoothed_values(graph: ExportedGraph, matrices: Mapping[str, Matrix]) -> dict[str, NDArray[np.float32]]:
+    """Values of the graph that are those of PyTorch divided by factors (features,), by their names."""
+    by_codes = {matrix.codes.name: matrix for matrix in matrices.values()}
+    nodes = graph.proto.graph.node
+    found: dict[str, NDArray[np.float32]] = {}
+    for node in nodes:
+        matrix = by_codes.get(node.input[1]) if node.op_type in ROUNDING else None
+        if matrix is None:
+            continue
+        source, result = ends_of(node, matrix, nodes)
+        if matrix.inputs is not None:
+            found[source] = matrix.inputs
+        if matrix.outputs is not None:
+            found[result] = matrix.outputs
+            biased = (each.output[0] for each in nodes if each.op_type == "Add" and result in each.input)
+            found |= dict.fromkeys(biased, matrix.outputs)
     return found
 
 

@@ -32,7 +32,9 @@ from mixt_export.targets.export import plan_export
 from mixt_export.verification import verify
 from mixt_export.verification.checks import far, int8_activations, int8_cache, quantised_weights, teacher_forced
 from mixt_export.verification.context import Context
+from mixt_export.verification.locate import locate
 from mixt_export.verification.options import VerifyOptions
+from mixt_export.verification.routes import Pieces
 from tests.quantisation import oracle
 from tests.tiny import write_tiny, write_tiny_low_rank
 
@@ -308,3 +310,23 @@ def test_the_note_counts_products(tmp_path: Path, text: Path, model: Path, capsy
     options = ["--quantize", "int8", "--activations", "int8", "--calib", text, "--no-loss", "--no-verify"]
     assert mixt(source, "-o", tmp_path / "out", *options) == 0
     assert "with int8 activations in 6 of" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [
+        ("model.layers.1.post_attention_layernorm.weight", "post_attention_layernorm"),
+        ("model.layers.1.mlp.up_proj.weight.scales", "mlp.up_proj"),
+        ("model.layers.1.self_attn.v_proj.weight.scales", "self_attn.v_proj"),
+    ],
+)
+def test_a_fault_is_named_though_values_are_scaled(
+    tmp_path: Path, exported: Path, model: Path, tensor: str, part: str
+) -> None:
+    """Integers say what PyTorch computes with, so these scales are changed for the graph alone."""
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    context = context_of(out, model)
+    _tensor(out, tensor, _one_up)
+    found = locate(context, Pieces(context.probe, [len(context.probe)]))
+    assert (found.where, found.part) == ("model.layers.1", part)
