@@ -43,10 +43,13 @@ def contenders(work: Path, python: Path, models: dict[str, Path], rounding: str 
 
 #: 4 bits everywhere, as in GenAI's int4.
 LEAN = "int4 lean"
+#: Products of int8 by int8; of factorised linears there are none.
+INTEGER = "int8 activations"
 #: Weights of our exports -> options of mixt-export.
 WEIGHTS: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "int8": ("--quantize", "int8"),
+    INTEGER: ("--quantize", "int8", "--activations", "int8"),
     "int4": ("--quantize", "int4"),
     LEAN: ("--quantize", "int4", "--int8-for", "none", "--quantize-head", "int4"),
 }
@@ -58,6 +61,8 @@ def _ours(work: Path, models: dict[str, Path], rounding: str) -> list[Contender]
         for weights, kind in WEIGHTS.items():
             if weights == LEAN and model.startswith("MixT"):
                 continue  # most of it is the dense model's
+            if weights == INTEGER and model != "dense":
+                continue
             out = work / f"ours-{model}-{weights}".replace(" ", "-")
             how = rounding if model == "dense" else "nearest"  # the others are here for their speed
             options = [*kind, "--rounding", how, "--no-loss"] if kind else []

@@ -82,6 +82,10 @@ def _weights(plan: ExportPlan, quantised: QuantisedPlan) -> str:
     wide = sum(matrix.bits == 8 and not matrix.embedding for matrix in matrices) if settings.bits < 8 else 0
     apart = f"; {wide} matrices int8, see --int8-for" if wide else ""
     blocks = f"in groups of {settings.group}" if settings.group else "with a scale for each output"
+    integer = sum(bool(matrix.activations) for matrix in matrices)
+    linears = sum(not matrix.embedding for matrix in matrices)
+    rest = f", {linears - integer} in blocks" if linears > integer else ""
+    blocks = f"with int8 activations in {integer} of {linears} products{rest}" if integer else blocks
     table = dtype if settings.head_bits is None else f"int{settings.head_bits}"
     return (
         f"int{settings.bits} weights {blocks} (head and embedding {table}{apart}): "

@@ -94,9 +94,15 @@ DIALECTS = {
             name="ort",
             opset=23,
             operators={
-                "": _STANDARD | _EXPERTS | {"Attention"},
+                "": _STANDARD | _EXPERTS | {"Abs", "Attention", "ReduceMax"},
                 MICROSOFT_DOMAIN: frozenset(
-                    ["GroupQueryAttention", "FusedMatMul", "MatMulNBits", "GatherBlockQuantized"]
+                    [
+                        "DynamicQuantizeMatMul",
+                        "FusedMatMul",
+                        "GatherBlockQuantized",
+                        "GroupQueryAttention",
+                        "MatMulNBits",
+                    ]
                 ),
                 MIXT_DOMAIN: frozenset("*"),
             },

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from mixt_export.lower.builder import MICROSOFT_DOMAIN, MIXT_DOMAIN
 from mixt_export.lower.decoder import LoweredModel
 from mixt_export.lower.dialects import Dialect, check_dialect
+from mixt_export.lower.quantised_dynamic import write_dynamic
 from mixt_export.lower.quantised_matrix import QuantisedMatrix, Reader, Rounded, Use
 from mixt_export.lower.quantised_nbits import write_nbits
 from mixt_export.lower.quantised_standard import write_dequantised
@@ -87,7 +88,9 @@ def quantise(
     }
     for name, tensor in weights.rearrange(kept).items():
         model.graph.initializers[name].const_value = tensor
-    _WRITERS[dialect.name](lowered, found, rounded)
+    integer = {name: entry for name, entry in found.items() if entry[0].activations}
+    write_dynamic(lowered, integer, rounded)
+    _WRITERS[dialect.name](lowered, {name: entry for name, entry in found.items() if name not in integer}, rounded)
     for name in found:
         del model.graph.initializers[name]
     called = {node.op_identifier() for node in model.graph.all_nodes()}

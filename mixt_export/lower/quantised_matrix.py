@@ -23,7 +23,8 @@ class QuantisedMatrix:
     ``parts``: the stored tensors that it holds, stacked along their first axis, which is its rows, or with ``flipped``
     its columns; none where it is the dense matrix of a factorised linear. ``embedding``: it is the table of the token
     embedding, or the head. ``scale_dtype``: in which its scales are exact and positive; where it is empty they are any
-    float32. ``read()``: the float matrix as (rows, columns), in the graph's dtype.
+    float32. ``read()``: the float matrix as (rows, columns), in the graph's dtype. ``activations``: what it is
+    multiplied by is int8 as well, with one scale a "call" or one for each "token"; empty: as products of blocks do it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class QuantisedMatrix:
     embedding: bool
     scale_dtype: str
     read: Reader = field(compare=False, repr=False)
+    activations: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ by side in one file, stored in the graph's dtype and wanted in the stored layout
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -206,6 +206,12 @@ class Weights:
         """What gives the value of a tensor that this object made, anew at every call, in the graph's layout."""
         parts, shape = self._makers(str(tensor.name)), tensor.shape.numpy()
         return lambda: np.concatenate([part().reshape(-1) for part in parts]).reshape(shape)
+
+    def change(self, name: str, how: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> None:
+        """Write ``how`` of the value of the streamed tensor ``name``, of the same shape, instead of it."""
+        read = self.reader(self._known[name])
+        place = next(index for index, entry in enumerate(self.streamed) if entry.name == name)
+        self.streamed[place] = replace(self.streamed[place], parts=(lambda: how(read()),))
 
     def rearrange(self, kept: Mapping[str, ir.TensorProtocol]) -> dict[str, ir.TensorProtocol]:
         """Forget every tensor that is not in ``kept`` (by name), close the gaps, point at no file of the checkpoint.

@@ -34,6 +34,7 @@ class Quantisation:
     where ONNX Runtime and a tokenizer are at hand. ``texts``: what to calibrate on, by default the shipped texts.
     ``measure``: whether the export measures what is lost. ``min_elements``: smaller matrices stay as they are.
     ``int8_for``: regular expressions; matrices whose name one is found in have 8 bits whatever ``bits`` is.
+    ``int8_activations``: what products read becomes int8 too, wherever a product can be smoothed.
     """
 
     bits: int
@@ -44,6 +45,7 @@ class Quantisation:
     measure: bool = True
     min_elements: int = MIN_ELEMENTS
     int8_for: tuple[str, ...] = ()
+    int8_activations: bool = False
 
     @classmethod
     def named(
@@ -55,10 +57,11 @@ class Quantisation:
         texts: tuple[Path, ...] = (),
         measure: bool = True,
         int8_for: tuple[str, ...] | None = None,
+        activations: str | None = None,
     ) -> Quantisation:
         """The settings of ``--quantize name --group group --quantize-head head --rounding rounding``.
 
-        ``int8_for``: None: SENSITIVE; (NOTHING,): none. Raises UsageError for a
+        ``int8_for``: None: SENSITIVE; (NOTHING,): none. ``activations``: of ``--activations``. Raises UsageError for a
         name, a group or a rounding that there is not, and for an expression that is none.
         """
         for option, value in (("--quantize", name), ("--quantize-head", head or name)):
@@ -68,6 +71,10 @@ class Quantisation:
             raise UsageError(f"--group {group}: the kernels take blocks of {', '.join(map(str, GROUPS))}.")
         if rounding not in ROUNDINGS:
             raise UsageError(f"--rounding {rounding}: choose one of {', '.join(ROUNDINGS)}.")
+        if activations not in (None, "int8"):
+            raise UsageError(f"--activations {activations}: not a kind of this version; choose int8, or leave it out.")
+        if activations and name != "int8":
+            raise UsageError(f"--activations int8 goes with --quantize int8, not with --quantize {name}.")
         wide = SENSITIVE if int8_for is None else int8_for
         wide = () if name == "int8" or wide == (NOTHING,) else wide
         for pattern in wide:
@@ -75,7 +82,16 @@ class Quantisation:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--int8-for {pattern}: is no regular expression ({error}).") from error
-        return cls(BITS[name], group, BITS[head] if head else None, rounding, texts, measure, int8_for=wide)
+        return cls(
+            BITS[name],
+            group,
+            BITS[head] if head else None,
+            rounding,
+            texts,
+            measure,
+            int8_for=wide,
+            int8_activations=bool(activations),
+        )
 
     def bits_of(self, matrix: str, embedding: bool) -> int:
         """Bits of the ``matrix`` of a linear, or of the table of the embedding and the head."""

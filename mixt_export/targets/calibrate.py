@@ -21,6 +21,7 @@ from mixt_export.progress import Progress
 from mixt_export.quantisation import Blocks
 from mixt_export.quantisation.cache import CacheScales, measure_cache
 from mixt_export.quantisation.calibration import Target, calibrate, logits_of
+from mixt_export.quantisation.smoothing import Smoothing, measure_smoothing
 from mixt_export.targets.quantise import QuantisedPlan
 
 if TYPE_CHECKING:
@@ -53,9 +54,13 @@ def why_nearest(plan: QuantisedPlan, source: Path) -> str:
 
 
 class FloatGraph:
-    """The graph of ``plan``, which is not quantised, with logits of every position, and its weights by name."""
+    """The graph of ``plan``, which is not quantised, with logits of every position, and its weights by name.
 
-    def __init__(self, plan: ExportPlan) -> None:
+    ``smoothing``: its weights are smoothed, so that it computes the same.
+    """
+
+    def __init__(self, plan: ExportPlan, smoothing: Smoothing | None = None) -> None:
+        self._smoothing = smoothing
         self.positions = plan.max_seq_len
         ropes = [block.attention.rope for block in plan.decoder.blocks]
         self.turned = [turned_together(rope) if rope is not None else [] for rope in ropes]
@@ -69,7 +74,7 @@ class FloatGraph:
     def read(self, name: str) -> NDArray[Any]:
         """The value of an initializer in the graph's layout."""
         value: NDArray[Any] = self._readers[name]()
-        return value
+        return value if self._smoothing is None else self._smoothing.applied(name, value)
 
     def windows(self, source: Path, texts: Sequence[Path]) -> list[NDArray[np.int64]]:
         """Tokens of ``texts``, or of the shipped ones. Raises UsageError, CheckpointError where they give none."""
@@ -100,6 +105,17 @@ def calibrate_cache(
     if not (source / "tokenizer.json").is_file():
         raise UsageError(f"--kv-cache int8: {source} has no tokenizer.json, so there is no text to measure ranges on.")
     measure_cache(graph.model, graph.read, graph.windows(source, texts), graph.turned, scales, progress=progress)
+
+
+def calibrate_smoothing(
+    graph: FloatGraph, smoothing: Smoothing, source: Path, texts: Sequence[Path], progress: Progress
+) -> None:
+    """Find the factors of ``smoothing`` on ``texts``. Raises UsageError without a tokenizer."""
+    if not (source / "tokenizer.json").is_file():
+        raise UsageError(
+            f"--activations int8: {source} has no tokenizer.json, so there is no text to measure activations on."
+        )
+    measure_smoothing(graph.model, graph.read, graph.windows(source, texts), smoothing, progress=progress)
 
 
 def calibrate_plan(

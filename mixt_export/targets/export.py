@@ -30,6 +30,7 @@ from mixt_export.targets.planning import FormOptions, lower_planned
 from mixt_export.targets.quantise import (
     CachePlan,
     QuantisedPlan,
+    check_int8_activations,
     check_int8_cache,
     check_quantisation,
     quantised_plan,
@@ -139,6 +140,8 @@ def plan_export(
     chosen, options = _target(target, trt)
     numpy_dtype = dtype_named(dtype, chosen)
     if quantisation is not None:
+        if quantisation.int8_activations:
+            check_int8_activations(chosen, numpy_dtype)
         check_quantisation(chosen, numpy_dtype, memory_budget)
         variants = "none" if variants == "auto" else variants
     if int8_cache is not None:

@@ -47,7 +47,7 @@ def write_model(
     files = {path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]} for path in weights.linked}
     for name in (GRAPH_FILE, STREAMED_FILE):
         if (folder / name).is_file():
-            files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            files[name] = facts(folder / name)
     return all(linked), files
 
 
@@ -66,6 +66,11 @@ def initializer_bytes(model: ir.Model) -> int:
             key = (getattr(tensor, "location", value.name), getattr(tensor, "offset", None))
             seen[key] = tensor.nbytes
     return sum(seen.values())
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: bytes and SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.lower import LoweredModel
 from mixt_export.lower.quantised import QuantisedMatrix, Rounded, find_matrices, quantise
+from mixt_export.lower.smoothed import find_smoothing, with_integer_products
 from mixt_export.quantisation import Quantisation, nearest
 from mixt_export.quantisation.cache import CacheScales, Int8Cache
 from mixt_export.quantisation.layouts import layout_of
+from mixt_export.quantisation.smoothing import Smoothing
 from mixt_export.targets.registry import Target
 
 
 @dataclass(frozen=True)
 class QuantisedPlan:
-    """The matrices of a graph that were quantised; ``rounded`` gives their blocks when the graph is written."""
+    """The matrices of a graph that were quantised; ``rounded`` gives their blocks when the graph is written.
+
+    ``smoothing``: of products with int8 activations; its factors are measured before the graph is written.
+    """
 
     settings: Quantisation
     matrices: Mapping[str, QuantisedMatrix]
     rounded: Rounded
+    smoothing: Smoothing | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +63,15 @@ def check_quantisation(target: Target, dtype: str, memory_budget: int | None) ->
         raise UsageError("--memory-budget counts weights before they are quantised; leave it out with --quantize.")
 
 
+def check_int8_activations(target: Target, dtype: str) -> None:
+    """Raise UnsupportedError for a target or dtype without products of int8 by int8."""
+    if target.name != "ort" or dtype != "float32":
+        raise UnsupportedError(
+            f"--activations int8: only ONNX Runtime's CPU has such products (--target ort at float32), not --target "
+            f"{target.name} at {dtype}; leave it out."
+        )
+
+
 def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settings: Quantisation) -> QuantisedPlan:
     """Quantise ``lowered`` in place. Raises UsageError when no matrix of it is large enough."""
     layout = layout_of(target.dialect.name)
@@ -70,9 +86,20 @@ def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settin
                 else "; leave it out."
             )
         )
+    smoothing = find_smoothing(lowered, found) if settings.int8_activations else None
+    if smoothing is not None:
+        if not smoothing.groups:
+            raise UnsupportedError(
+                "--activations int8: no linear of this model reads a norm, an attention or a gate that could be scaled "
+                "for it; leave it out."
+            )
+        found = with_integer_products(found, smoothing)
     rounded = Rounded(lambda matrix, values: nearest(values, matrix.bits, matrix.group, scale_dtype=matrix.scale_dtype))
     quantise(lowered, target.dialect, found, rounded)
-    return QuantisedPlan(settings, {name: matrix for name, (matrix, _) in found.items()}, rounded)
+    if smoothing is not None:
+        for name in sorted(smoothing.names - found.keys()):
+            lowered.weights.change(name, partial(smoothing.applied, name))
+    return QuantisedPlan(settings, {name: matrix for name, (matrix, _) in found.items()}, rounded, smoothing)
 
 
 def quantisation_entry(plan: QuantisedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,5 +127,6 @@ def _matrix_entry(plan: QuantisedPlan, matrix: QuantisedMatrix) -> dict[str, Any
         "bytes": matrix.nbytes,
         "parts": list(matrix.parts),
         "flipped": matrix.flipped,
+        **({"activations": matrix.activations} if matrix.activations else {}),
         **plan.rounded.errors.get(matrix.name, {}),
     }

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mixt_export.checkpoints.strictjson import load_object
 from mixt_export.lower.weights import itemsize
 from mixt_export.progress import Progress
-from mixt_export.targets.files import write_json
+from mixt_export.quantisation.smoothing import FILE as SMOOTHING
+from mixt_export.quantisation.smoothing import write_factors
+from mixt_export.targets.files import facts, write_json
 from mixt_export.targets.manifest import FILE
 from mixt_export.targets.quantise import quantisation_entry
 
@@ -37,9 +39,20 @@ def write_rounded(
 
     ``floats``: the same plan with float32 weights and values. Raises UsageError where text is needed and there is none.
     """
-    from mixt_export.targets.calibrate import FloatGraph, calibrate_cache, calibrate_plan, measured_loss, why_nearest
+    from mixt_export.targets.calibrate import (
+        FloatGraph,
+        calibrate_cache,
+        calibrate_plan,
+        calibrate_smoothing,
+        measured_loss,
+        why_nearest,
+    )
 
-    graph, quantised, cache = FloatGraph(floats), plan.quantised, plan.cache
+    plain, quantised, cache = FloatGraph(floats), plan.quantised, plan.cache
+    graph, smoothing = plain, None if quantised is None else quantised.smoothing
+    if quantised is not None and smoothing is not None:
+        calibrate_smoothing(plain, smoothing, source, quantised.settings.texts, progress)
+        graph = FloatGraph(floats, smoothing)
     if cache is not None:
         calibrate_cache(graph, cache.scales, source, cache.settings.texts, progress)
     why_not = "" if quantised is None else why_nearest(quantised, source)
@@ -53,12 +66,16 @@ def write_rounded(
                 stack.enter_context(calibrate_plan(graph, quantised, source, texts, folder, progress))
         linked = write()
     asked = [each.settings.measure for each in (quantised, cache) if each is not None]
-    loss = measured_loss(graph, folder, progress) if all(asked) else None
+    loss = measured_loss(plain, folder, progress) if all(asked) else None
     measured = {} if loss is None else {"loss": loss}
     manifest = load_object(folder / FILE)
     if quantised is not None:
         figures = {"rounding": "nearest" if why_not else "calibrated", **measured}
         manifest["quantisation"] = quantisation_entry(quantised, figures)
+        if smoothing is not None:
+            rows = {name: matrix.rows for name, matrix in quantised.matrices.items()}
+            write_factors(smoothing, rows, folder / SMOOTHING)
+            manifest["files"][SMOOTHING] = facts(folder / SMOOTHING)
     else:
         manifest["kv"] |= measured
     write_json(folder / FILE, manifest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixt_export.verification.context import Context
 from mixt_export.verification.gate import FLOAT32_TOLERANCE
@@ -23,27 +24,36 @@ _SHARE = 0.25
 
 
 def beside(
-    context: Context, graph: ExportedGraph, rounding: Callable[[TorchModel], AbstractContextManager[None]]
+    context: Context,
+    graph: ExportedGraph,
+    rounding: Callable[[TorchModel, Sequence[int]], AbstractContextManager[None]],
 ) -> tuple[str, dict[str, float]]:
     """The probe through ``graph`` at once, and its second half token by token, beside PyTorch inside of ``rounding``.
 
+    ``rounding`` is told how many tokens each call of the graph is given: what is rounded together may depend on that.
     Returns why that fails, or an empty string, and the figures.
     """
     context.close()
     tokens = context.probe
-    with rounding(context.torch):
-        emulated = context.torch.logits(tokens)
+    first = len(tokens) // 2
+    calls = [len(tokens)], [first, *[1] * (len(tokens) - first)]
+
+    def emulated_by(model: TorchModel) -> list[NDArray[np.float32]]:
+        found = []
+        for sizes in calls:
+            with rounding(model, sizes):
+                found.append(model.logits(tokens))
+        return found
+
+    emulated = emulated_by(context.torch)
     wide = TorchModel(context.source, dtype="float64", threads=context.options.threads, layers=context.graph.layers)
-    with rounding(wide):
-        flips = relative_l2(emulated, wide.logits(tokens))
+    flips = max(map(relative_l2, emulated, emulated_by(wide)))
     del wide
     runner = ExportedRunner(graph, context.options.threads, all_positions=True)
     together = runner.full(tokens).logits[0]
-    first = len(tokens) // 2
-    sizes = [first, *[1] * (len(tokens) - first)]
-    apart = np.concatenate([runner.chunks(tokens, sizes)])
-    error = max(relative_l2(together, emulated), relative_l2(apart, emulated[np.cumsum(sizes) - 1]))
-    cost = relative_l2(emulated, context.probe_reference[0])
+    apart = np.concatenate([runner.chunks(tokens, calls[1])])
+    error = max(relative_l2(together, emulated[0]), relative_l2(apart, emulated[1][np.cumsum(calls[1]) - 1]))
+    cost = max(relative_l2(logits, context.probe_reference[0]) for logits in emulated)
     bar = max(FLOAT32_TOLERANCE, _FACTOR * flips, _SHARE * cost)
     reason = (
         "" if error <= bar else f"relative L2 of logits {error:.1e} from PyTorch that rounds alike exceeds {bar:.1e}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import onnx
 from numpy.typing import NDArray
 
 from mixt_export.checkpoints.paths import own_file
+from mixt_export.checkpoints.store import TensorStore, read_tensors
 from mixt_export.errors import UsageError
 
 MODEL_FILE = "model.onnx"
+#: Beside it: factors of matrices that were scaled before they were rounded.
+SMOOTHING_FILE = "smoothing.safetensors"
 LAST_POSITION = "/lm_head/last_position"
 LOGITS = "logits"
 #: Output of an encoder's block.
@@ -49,6 +52,8 @@ class ExportedGraph:
     """Round as typed whatever the target is."""
     int8_cache: bool = False
     """Keys and values are cached at 8 bits."""
+    smoothing: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Factors of matrices and of cached values that were scaled before they were rounded, see docs/format.md."""
 
     @property
     def vocab_size(self) -> int:
@@ -96,7 +101,27 @@ def open_graph(folder: Path) -> ExportedGraph:
             "past, head_dim)."
         )
     heads, width = shape[1].dim_value, shape[3].dim_value
-    return ExportedGraph(folder, proto, len(past), heads, width, dtype, _dialect(proto), int8_cache=int8)
+    return ExportedGraph(
+        folder, proto, len(past), heads, width, dtype, _dialect(proto),
+        int8_cache=int8, smoothing=_smoothing(folder, (1, heads, 1, width)),
+    )  # fmt: skip
+
+
+def _smoothing(folder: Path, cached: tuple[int, ...]) -> dict[str, NDArray[np.float32]]:
+    """Factors by name, those of values in the cache of shape ``cached``; empty where nothing was smoothed.
+
+    Raises UsageError for those that do not fit the cache.
+    """
+    path = own_file(folder, SMOOTHING_FILE)
+    if path is None:
+        return {}
+    store = TensorStore(read_tensors(path))
+    found = {name: store.read(name, "float32") for name in store}
+    for name in [name for name in found if name.startswith("past_key_values.")]:
+        if found[name].size != math.prod(cached):
+            raise UsageError(f"{path}: {name} does not fit a cache of {cached[1]} heads of {cached[3]}; export again.")
+        found[name] = found[name].reshape(cached)
+    return found
 
 
 def open_encoder_graph(folder: Path) -> ExportedGraph:

@@ -1,14 +1,28 @@
-"""PyTorch with activations rounded as MatMulNBits rounds them at accuracy level 4."""
+"""PyTorch with activations rounded as the products of the graph round them.
+
+MatMulNBits at accuracy level 4 in blocks, DynamicQuantizeMatMul with one scale for all that one call is given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from mixt_export.network import Branch
-from mixt_export.verification.quantised import Matrix
+from mixt_export.quantisation.blocks import dequantised
+from mixt_export.verification.context import Context
+from mixt_export.verification.int8_cache import float_cache
+from mixt_export.verification.metrics import relative_l2
+from mixt_export.verification.quantised import INTEGER, Matrix, ends_of
+from mixt_export.verification.session import ExportedRunner
 from mixt_export.verification.torch_model import TorchModel
+
+#: Tokens on which single products are compared.
+_TOKENS = 16
 
 
 def rounded_blocks(x: Any, group: int) -> Any:
@@ -27,16 +41,83 @@ def rounded_blocks(x: Any, group: int) -> Any:
     return ((blocks * inverse).round() * scale).reshape(padded.shape)[..., :columns]
 
 
-@contextmanager
-def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix]) -> Iterator[None]:
-    """While open, every linear of ``model`` that has quantised matrices rounds what each of them reads.
+def rounded_call(x: Any) -> Any:
+    """``x`` rounded to 255 steps from its least to its largest number, or 0, half to even; 0 stays 0.
 
-    Of a chain of matrices (low rank, Tucker-2) every product does; any other factorised linear rounds its input.
+    Operator DynamicQuantizeLinear of the ONNX standard, which DynamicQuantizeMatMul applies to what it reads.
+    """
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 255
+    if not scale > 0:
+        return x
+    zero = (-low / scale).clamp(0, 255).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def rounded_input(x: Any, matrix: Matrix, sizes: Sequence[int]) -> Any:
+    """``x`` (1, positions, K), ``sizes`` of them in each call, rounded as the product by ``matrix`` does.
+
+    With a scale for each "token", its largest magnitude is what it is divided by while that happens.
     """
     import torch
 
-    groups = {part: matrix.group for matrix in matrices.values() for part in matrix.parts}
-    groups |= {f"{matrix.linear}.weight": matrix.group for matrix in matrices.values() if not matrix.parts}
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) if matrix.activations == "token" else 1.0
+    return torch.cat([rounded_call(part) for part in (x / largest).split(list(sizes), dim=1)], dim=1) * largest
+
+
+def rounded_apart(x: Any, matrix: Matrix, sizes: Sequence[int]) -> Any:
+    """The same where the channels of ``x`` are not yet divided by the matrix's ``inputs``."""
+    import torch
+
+    factors = 1.0 if matrix.inputs is None else torch.from_numpy(matrix.inputs).to(x.dtype)
+    return rounded_input(x / factors, matrix, sizes) * factors
+
+
+def products_apart(context: Context) -> tuple[float, str]:
+    """The integer product that is furthest, and how far, from float64 on the very numbers that the graph gives it.
+
+    Relative L2 over a few tokens, of its integers by what it reads, rounded. In a deep model flips of single codes
+    drown what rounding costs as a whole; here there are none before the product. Codes are found in float32, as the
+    operator does: the end of a range may lie halfway between two.
+    """
+    import torch
+
+    matrices = {matrix.codes.name: matrix for matrix in context.matrices.values()}
+    nodes = context.graph.proto.graph.node
+    ends: dict[str, tuple[str, str]] = {}
+    for node in nodes:
+        if node.op_type == INTEGER:
+            if node.input[1] not in matrices:
+                return math.inf, node.name
+            ends[node.input[1]] = ends_of(node, matrices[node.input[1]], nodes)
+    values = list(dict.fromkeys(name for pair in ends.values() for name in pair))
+    if not values:
+        return 0.0, ""
+    graph, threads = float_cache(context.graph), context.options.threads
+    tokens = context.probe[:_TOKENS]
+    step = ExportedRunner(graph, threads, all_positions=True, values=values).full(tokens)
+    found = dict(zip(values, step.layers, strict=True))
+    worst = (0.0, "")
+    for codes, (source, result) in ends.items():
+        matrix = matrices[codes]
+        read = rounded_input(torch.from_numpy(found[source]), matrix, [len(tokens)]).numpy()
+        expected = read[0].astype(np.float64) @ dequantised(matrix.blocks()).astype(np.float64).T
+        worst = max(worst, (relative_l2(found[result][0], expected), matrix.linear))
+    return worst
+
+
+@contextmanager
+def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix], sizes: Sequence[int]) -> Iterator[None]:
+    """While open, every linear of ``model`` that has quantised matrices rounds what each of them reads.
+
+    Of a chain of matrices (low rank, Tucker-2) every product does; any other factorised linear rounds its input.
+    ``sizes``: how many of the positions that the model is given go into each call of the graph.
+    """
+    import torch
+
+    integer = {part: matrix for matrix in matrices.values() if matrix.activations for part in _weights(matrix)}
+    matrices = {name: matrix for name, matrix in matrices.items() if not matrix.activations}
+    groups = {part: matrix.group for matrix in matrices.values() for part in _weights(matrix)}
     hooks: list[Any] = []
     replaced: list[Any] = []
     tied = {id(model.model.get_parameter(name)): group for name, group in groups.items() if _has(model.model, name)}
@@ -47,6 +128,8 @@ def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix]) -> I
             if any(tensor.name in groups for tensor in linear.core_tensors()):
                 replaced.append(module)
                 module._branch = _rounding_branch(module, groups)
+        elif f"{name}.weight" in integer:
+            hooks.append(module.register_forward_pre_hook(_apart(integer[f"{name}.weight"], sizes)))
         elif weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
             group = groups.get(f"{name}.weight") or tied.get(id(weight), 0)
             if group:
@@ -60,6 +143,10 @@ def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix]) -> I
             del module._branch
 
 
+def _weights(matrix: Matrix) -> tuple[str, ...]:
+    return matrix.parts or (f"{matrix.linear}.weight",)
+
+
 def _has(model: Any, name: str) -> bool:
     try:
         model.get_parameter(name)
@@ -70,6 +157,10 @@ def _has(model: Any, name: str) -> bool:
 
 def _hook(group: int) -> Any:
     return lambda _module, inputs: (rounded_blocks(inputs[0], group), *inputs[1:])
+
+
+def _apart(matrix: Matrix, sizes: Sequence[int]) -> Any:
+    return lambda _module, inputs: (rounded_apart(inputs[0], matrix, sizes), *inputs[1:])
 
 
 def _rounding_branch(module: Any, groups: Mapping[str, int]) -> Any:

@@ -42,7 +42,10 @@ def float_cache(graph: ExportedGraph) -> ExportedGraph:
 
 
 def cache_scales(graph: ExportedGraph) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Scales (1, kv_heads, 1, head_dim) of keys and values of every block. Raises UsageError where there are none."""
+    """Scales (1, kv_heads, 1, head_dim) of keys and values of every block, as they are computed.
+
+    Of values that the graph keeps divided by factors, their product. Raises UsageError where there are none.
+    """
     tensors = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
     found: dict[str, Any] = {}
     for node in _attentions(graph.proto):
@@ -56,7 +59,10 @@ def cache_scales(graph: ExportedGraph) -> list[tuple[NDArray[np.float32], NDArra
     size = (1, graph.kv_heads, 1, graph.head_dim)
     if any(part.size != np.prod(size) for pair in scales for part in pair):
         raise UsageError(f"{graph.folder}: has scales of the cache that are not of shape {size}; export again.")
-    return [(key.reshape(size), value.reshape(size)) for key, value in scales]
+    return [
+        (key.reshape(size), value.reshape(size) * graph.smoothing.get(f"past_key_values.{layer}.value", np.float32(1)))
+        for layer, (key, value) in enumerate(scales)
+    ]
 
 
 def _attentions(proto: onnx.ModelProto) -> list[onnx.NodeProto]:

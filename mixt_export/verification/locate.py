@@ -17,6 +17,7 @@ from mixt_export.verification.context import Context
 from mixt_export.verification.graph import LAST_POSITION
 from mixt_export.verification.layers import LayerErrors, suspect
 from mixt_export.verification.metrics import token_relative_l2
+from mixt_export.verification.quantised import smoothed_values
 from mixt_export.verification.routes import Route
 from mixt_export.verification.session import RunFailed
 from mixt_export.verification.trace import Point, graph_points, reference_points
@@ -72,9 +73,13 @@ def _inside(context: Context, route: Route, layer: int) -> str:
     if not names:
         return ""
     found = route.values(context.observed(names))
+    factors = smoothed_values(context.graph, context.matrices)
     errors: dict[Point, float] = {}
     for point, name in places.items():
-        pairs = [(values[names.index(name)], known[point]) for values, known in zip(found, expected, strict=True)]
+        scale = factors.get(name, np.float32(1))
+        pairs = [
+            (values[names.index(name)] * scale, known[point]) for values, known in zip(found, expected, strict=True)
+        ]
         shaped = [(_rows(ours), theirs) for ours, theirs in pairs]
         if all(ours is not None and ours.shape == theirs.shape for ours, theirs in shaped):
             errors[point] = max(token_relative_l2(ours, theirs) for ours, theirs in shaped if ours is not None)
@@ -116,7 +121,7 @@ def _after(context: Context, route: Route) -> str:
     else:
         expected = context.torch.logits(tokens)
     runner = context.observed([picker.input[0]])
-    cache = [array.astype(runner.element) for array in route.past] or None
+    cache = runner.given(route.past) if route.past else None
     width = len(tokens) + (route.past[0].shape[2] if route.past else 0)
     step = runner.run(tokens[None, :], np.ones((1, width), np.int64), cache)
     ours = _rows(step.layers[0][0])

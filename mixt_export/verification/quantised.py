@@ -1,14 +1,14 @@
 """What a quantised export is proven against: PyTorch with the weights that its integers stand for.
 
 Two things are kept apart. That the graph computes what PyTorch computes with the same integers is judged as any float32
-export is, at the same bar, with MatMulNBits told to leave activations in float32. What rounding activations to int8
+export is, at the same bar, with products told to leave activations in float32. What rounding activations to int8
 costs on top, as the graph runs when it is used, is a check of its own (checks.int8_activations), and how far the
 integers are from the weights they stand for another (checks.quantised_weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,19 @@ from mixt_export.quantisation.blocks import Blocks, dequantised, unpacked_nbits,
 from mixt_export.verification.graph import ExportedGraph, open_graph, read_constant
 
 _PRODUCT = "MatMulNBits"
+INTEGER = "DynamicQuantizeMatMul"
+#: Products that round what they read.
+ROUNDING = frozenset({_PRODUCT, INTEGER})
 _DENSE = ".dense"
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One quantised matrix as the manifest describes it, and where its integers lie. See docs/format.md."""
+    """One quantised matrix as the manifest describes it, and where its integers lie. See docs/format.md.
+
+    The integers stand for the weights with columns multiplied by ``inputs`` and rows divided by ``outputs``; something
+    else in the graph has to make up for that, of which nothing is assumed here.
+    """
 
     name: str
     rows: int
@@ -48,6 +55,9 @@ class Matrix:
     folder: Path
     codes: onnx.TensorProto
     scales: onnx.TensorProto
+    activations: str = ""
+    inputs: NDArray[np.float32] | None = None
+    outputs: NDArray[np.float32] | None = None
 
     @property
     def linear(self) -> str:
@@ -61,28 +71,42 @@ class Matrix:
         if self.codes.data_type == onnx.TensorProto.UINT8:
             shape = self.rows, self.codes.dims[1], self.codes.dims[2]
             return unpacked_nbits(codes.reshape(shape), scales, self.columns, self.bits, self.group)
-        size = self.rows, self.columns
-        return unpacked_tensor(codes, scales, size, self.bits, self.group, transposed=self.transposed)
+        size, turned = (self.rows, self.columns), self.transposed or bool(self.activations)
+        return unpacked_tensor(codes, scales, size, self.bits, self.group, transposed=turned)
 
     def stacked(self) -> NDArray[np.float32]:
         """The float values that the integers stand for, in the order of the stored parts one after the other.
 
         (rows, columns) for the dense matrix of a factorised linear, which has no parts.
         """
-        values = dequantised(self.blocks())
+        values = self._scaled(dequantised(self.blocks()), back=True)
         return np.ascontiguousarray(values.T) if self.flipped and self.parts else values
 
     def source(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
-        """The (rows, columns) weights of ``checkpoint`` that the integers stand for."""
+        """The (rows, columns) weights of ``checkpoint`` as the integers stand for them."""
         if not self.parts:
             from mixt_export.network import densify
 
             load = partial(checkpoint.store.read, dtype="float32")
-            return densify(checkpoint.factors[self.linear], load).astype(np.float32)
+            return self._scaled(densify(checkpoint.factors[self.linear], load).astype(np.float32))
         flat = np.concatenate([checkpoint.store.read(part, "float32").reshape(-1) for part in self.parts])
         shape = (self.columns, self.rows) if self.flipped else (self.rows, self.columns)
         values: NDArray[np.float32] = flat.reshape(shape)
-        return values.T if self.flipped else values
+        return self._scaled(values.T if self.flipped else values)
+
+    def _scaled(self, values: NDArray[np.float32], *, back: bool = False) -> NDArray[np.float32]:
+        """(rows, columns) weights as the integers stand for them, or ``back`` from there."""
+        if self.inputs is None and self.outputs is None:
+            return values
+        wide = values.astype(np.float64)
+        for factors, divided in ((self.inputs, back), (self._outputs, not back)):
+            if factors is not None:
+                wide = wide / factors if divided else wide * factors
+        return wide.astype(np.float32)
+
+    @property
+    def _outputs(self) -> NDArray[np.float32] | None:
+        return None if self.outputs is None else self.outputs[:, None]
 
 
 def _bytes(folder: Path, tensor: onnx.TensorProto) -> NDArray[np.uint8]:
@@ -101,10 +125,11 @@ def matrices_of(graph: ExportedGraph, manifest: Mapping[str, Any]) -> dict[str, 
     entry = manifest.get("quantisation")
     listed = entry.get("matrices") if isinstance(entry, dict) else None
     if not isinstance(listed, dict):
-        if any(node.op_type == _PRODUCT for node in _nodes(graph.proto)):
+        if any(node.op_type in ROUNDING for node in _nodes(graph.proto)):
             raise UsageError(f"{graph.folder}: has quantised weights that its manifest does not list; export again.")
         return {}
     tensors = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
+    sides = graph.smoothing
     found = {}
     for name, each in listed.items():
         try:
@@ -113,6 +138,7 @@ def matrices_of(graph: ExportedGraph, manifest: Mapping[str, Any]) -> dict[str, 
                 name, int(rows), int(columns), bool(each["transposed"]), int(each["bits"]), int(each["group"]),
                 tuple(each["parts"]), bool(each["flipped"]), float(each["error"]), float(each["steps"]),
                 graph.folder, tensors[each["codes"]], tensors[each["scales"]],
+                str(each.get("activations", "")), sides.get(f"{name}.inputs"), sides.get(f"{name}.outputs"),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
@@ -122,8 +148,36 @@ def matrices_of(graph: ExportedGraph, manifest: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def ends_of(node: onnx.NodeProto, matrix: Matrix, nodes: Iterable[onnx.NodeProto]) -> tuple[str, str]:
+    """What the product ``node`` by ``matrix`` reads and gives, with what divides and multiplies tokens around it."""
+    source, result = node.input[0], node.output[0]
+    if matrix.activations == "token":
+        source = next((each.input[0] for each in nodes if source in each.output), source)
+        result = next((each.output[0] for each in nodes if result in each.input), result)
+    return source, result
+
+
+def smoothed_values(graph: ExportedGraph, matrices: Mapping[str, Matrix]) -> dict[str, NDArray[np.float32]]:
+    """Values of the graph that are those of PyTorch divided by factors (features,), by their names."""
+    by_codes = {matrix.codes.name: matrix for matrix in matrices.values()}
+    nodes = graph.proto.graph.node
+    found: dict[str, NDArray[np.float32]] = {}
+    for node in nodes:
+        matrix = by_codes.get(node.input[1]) if node.op_type in ROUNDING else None
+        if matrix is None:
+            continue
+        source, result = ends_of(node, matrix, nodes)
+        if matrix.inputs is not None:
+            found[source] = matrix.inputs
+        if matrix.outputs is not None:
+            found[result] = matrix.outputs
+            biased = (each.output[0] for each in nodes if each.op_type == "Add" and result in each.input)
+            found |= dict.fromkeys(biased, matrix.outputs)
+    return found
+
+
 def float_activations(graph: ExportedGraph) -> ExportedGraph:
-    """``graph`` with every MatMulNBits computing in float32 instead of rounding what it reads to int8.
+    """``graph`` with every product computing in float32 instead of rounding what it reads to int8.
 
     At 4 bits the operator has a way to do so. At 8 bits that way is sixteen times slower than float weights (ONNX
     Runtime 1.31), so the product becomes what the operator's specification says, of the same bytes, in standard
@@ -134,8 +188,11 @@ def float_activations(graph: ExportedGraph) -> ExportedGraph:
     for owner in (proto.graph, *proto.functions):
         nodes: list[onnx.NodeProto] = []
         for node in owner.node:
-            wide = node.op_type == _PRODUCT and _number(node, "bits") == 8
-            nodes += _spelled_out(node) if wide else [node]
+            if node.op_type == INTEGER:
+                nodes += _with_floats(node)
+            else:
+                wide = node.op_type == _PRODUCT and _number(node, "bits") == 8
+                nodes += _spelled_out(node) if wide else [node]
         del owner.node[:]
         owner.node.extend(nodes)
     for node in _nodes(proto):
@@ -147,6 +204,18 @@ def float_activations(graph: ExportedGraph) -> ExportedGraph:
 
 def _number(node: onnx.NodeProto, name: str) -> int:
     return next((int(entry.i) for entry in node.attribute if entry.name == name), 0)
+
+
+def _with_floats(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """y = x · (scale · code) with int8 codes (K, N) and scales (N,) of DynamicQuantizeMatMul."""
+    source, codes, scales = node.input
+    made = onnx.helper.make_node
+    within = f"{node.output[0]}/dequantised/".__add__
+    return [
+        made("Cast", [codes], [within("codes")], to=onnx.TensorProto.FLOAT),
+        made("Mul", [within("codes"), scales], [within("matrix")]),
+        made("MatMul", [source, within("matrix")], [node.output[0]], name=node.name),
+    ]
 
 
 def _spelled_out(node: onnx.NodeProto) -> list[onnx.NodeProto]:

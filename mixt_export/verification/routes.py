@@ -54,7 +54,7 @@ class Pieces:
 
     def values(self, runner: ExportedRunner) -> list[Values]:
         """See Route.values."""
-        cache = [array.astype(runner.element) for array in self.past] or None
+        cache = runner.given(self.past) if self.past else None
         start, parts, before = 0, [], self.past[0].shape[2] if self.past else 0
         for size in self.sizes:
             end = start + size

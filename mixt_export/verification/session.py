@@ -112,6 +112,14 @@ class ExportedRunner:
         shape = (batch, self.graph.kv_heads, length, self.graph.head_dim)
         return [np.zeros(shape, self.element) for _ in self._past]
 
+    def given(self, past: Sequence[NDArray[np.float32]]) -> list[NDArray[Any]]:
+        """Keys and values as they are computed, of every block in turn, as the graph caches them."""
+        kept = self.graph.smoothing
+        return [
+            (array / kept[name] if name in kept else array).astype(self.element)
+            for name, array in zip(self._past, past, strict=True)
+        ]
+
     def run(self, ids: Ids, mask: Ids, cache: list[NDArray[Any]] | None = None, *, want_cache: bool = False) -> Step:
         """One run: ``ids`` (batch, seq), ``mask`` (batch, past + seq)."""
         cache = self.empty_cache(len(ids)) if cache is None else cache

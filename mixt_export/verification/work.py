@@ -73,6 +73,7 @@ _RULES: Mapping[str, Callable[[onnx.NodeProto, Sequence[Tensor], tuple[int, ...]
     "MatMul": _product,
     "FusedMatMul": _product,
     "MatMulNBits": _product,
+    "DynamicQuantizeMatMul": _product,
     "Gemm": _product,
     "Einsum": _einsum,
 }

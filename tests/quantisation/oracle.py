@@ -75,3 +75,37 @@ def product(
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
+
+
+def rounded_call(x: NDArray[Any]) -> NDArray[np.float64]:
+    """All of ``x`` at 256 codes from its least to its largest number, 0 among them: DynamicQuantizeLinear."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = (high - low) / 255 or 1.0
+    zero = np.rint(-low / scale)
+    found = np.zeros(x.shape, np.float64)
+    for place in np.ndindex(*x.shape):
+        code = min(max(np.rint(float(x[place]) / scale) + zero, 0), 255)
+        found[place] = (code - zero) * scale
+    return found
+
+
+def dynamic_product(
+    x: NDArray[np.float32], codes: NDArray[np.int8], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """x (batch, seq, K) through com.microsoft::DynamicQuantizeMatMul with int8 codes (K, N) in ONNX Runtime."""
+    import onnxruntime as ort
+
+    node = helper.make_node("DynamicQuantizeMatMul", ["x", "B", "s"], ["y"], domain="com.microsoft")
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", len(codes)])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", len(scales)])],
+        [numpy_helper.from_array(codes, "B"), numpy_helper.from_array(scales, "s")],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])

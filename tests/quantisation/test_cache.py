@@ -251,7 +251,7 @@ def test_a_cache_that_is_read_otherwise_is_found(model: Path, exported: Path) ->
     from mixt_export.verification.alike import beside
     from mixt_export.verification.int8_cache import rounding_cache
 
-    reason, metrics = beside(context, context.graph, lambda torch_model: rounding_cache(torch_model, scales))
+    reason, metrics = beside(context, context.graph, lambda torch_model, _sizes: rounding_cache(torch_model, scales))
     assert "from PyTorch that rounds alike exceeds" in reason
     assert metrics["rel_l2"] > 2 * metrics["bar"]
 

@@ -30,7 +30,7 @@ def run(context: Context) -> CheckResult:
     length, runner = past[0].shape[2], context.plain()
     with context.torch.behind(past):
         expected = context.torch.logits(tokens)
-    cache, start, rows = [array.astype(runner.element) for array in past], 0, []
+    cache, start, rows = runner.given(past), 0, []
     for size in SIZES:
         end = start + size
         mask = np.ones((1, length + end), np.int64)

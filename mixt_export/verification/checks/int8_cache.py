@@ -24,7 +24,7 @@ def run(context: Context) -> CheckResult:
     """The graph with float activations and its own cache beside PyTorch that keeps keys and values as it does."""
     scales, fit = cache_scales(context.graph), Fit()
     graph = float_activations(context.graph) if context.matrices else context.graph
-    reason, metrics = beside(context, graph, lambda model: rounding_cache(model, scales, fit))
+    reason, metrics = beside(context, graph, lambda model, _sizes: rounding_cache(model, scales, fit))
     metrics |= {"clipped": max(fit.clipped.values()), "cache_rel_l2": max(fit.error.values())}
     where = ""
     for found, most, what in (

@@ -298,6 +298,11 @@ def _nbits(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[Tensor]:
     return [Tensor(left.element, (*left.shape[:-1], attribute(node, "N", 0)))]
 
 
+def _dynamic(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[Tensor]:
+    left, right = _known(inputs[0], node), _known(inputs[1], node)
+    return [Tensor(left.element, (*left.shape[:-1], right.shape[-1]))]
+
+
 def _rows_of_blocks(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[Tensor]:
     """Rows (vocab, features packed) picked by indices of any shape, in the type of their scales."""
     data, index, scales = (_known(tensor, node) for tensor in inputs[:3])
@@ -306,6 +311,7 @@ def _rows_of_blocks(node: onnx.NodeProto, inputs: list[Tensor | None]) -> list[T
 
 
 CONTRIB: dict[str, Rule] = {
+    "DynamicQuantizeMatMul": _dynamic,
     "GroupQueryAttention": _grouped_attention,
     "FusedMatMul": _fused_matmul,
     "GatherBlockQuantized": _rows_of_blocks,
