@@ -25,7 +25,7 @@ from mixt_export.checkpoints.strictjson import load_optional
 from mixt_export.errors import UsageError
 from mixt_export.network import Core, FactorizedLinear
 from mixt_export.quantisation.blocks import Blocks, dequantised, unpacked_nbits, unpacked_tensor
-from mixt_export.verification.graph import ExportedGraph, open_graph, read_constant
+from mixt_export.verification.graph import SMOOTHING_FILE, ExportedGraph, open_graph, read_constant
 
 _PRODUCT = "MatMulNBits"
 INTEGER = "DynamicQuantizeMatMul"
@@ -145,6 +145,12 @@ def matrices_of(graph: ExportedGraph, manifest: Mapping[str, Any]) -> dict[str, 
                 f"{graph.folder}: the manifest's entry of the quantised matrix {name!r} does not fit the graph "
                 f"({error}); export again."
             ) from error
+        for factors, size in ((found[name].inputs, columns), (found[name].outputs, rows)):
+            if factors is not None and factors.shape != (size,):
+                raise UsageError(
+                    f"{graph.folder}: its {SMOOTHING_FILE} has factors of shape {factors.shape} for {name!r}, which "
+                    f"has {rows} outputs and {columns} inputs; export again."
+                )
     return found
 
 

@@ -241,6 +241,18 @@ def test_wrong_factors_of_cached_values_are_found(tmp_path: Path, exported: Path
     assert not far.run(context_of(out, model)).passed
 
 
+@pytest.mark.parametrize("side", ["up_proj.weight.inputs", "v_proj.weight.outputs"])
+def test_factors_of_another_length_are_refused(tmp_path: Path, exported: Path, model: Path, side: str) -> None:
+    """numpy would repeat a single one."""
+    out = tmp_path / "out"
+    shutil.copytree(exported, out)
+    values = load_file(out / FILE)
+    (name,) = (name for name in values if name.endswith(side) and "layers.1" in name)
+    save_file(values | {name: values[name][:1]}, out / FILE)
+    with pytest.raises(UsageError, match=r"smoothing\.safetensors has factors of shape \(1,\) for .*export again"):
+        context_of(out, model)
+
+
 def test_a_scale_for_all_tokens_instead_of_each_is_found(tmp_path: Path, exported: Path, model: Path) -> None:
     """Without rounding both compute the same."""
     out = tmp_path / "out"
