@@ -76,10 +76,9 @@ def _inside(context: Context, route: Route, layer: int) -> str:
     factors = smoothed_values(context.graph, context.matrices)
     errors: dict[Point, float] = {}
     for point, name in places.items():
-        scale = factors.get(name, np.float32(1))
-        pairs = [
-            (values[names.index(name)] * scale, known[point]) for values, known in zip(found, expected, strict=True)
-        ]
+        pairs = [(values[names.index(name)], known[point]) for values, known in zip(found, expected, strict=True)]
+        if name in factors:
+            pairs = [(ours * factors[name], theirs) for ours, theirs in pairs]
         shaped = [(_rows(ours), theirs) for ours, theirs in pairs]
         if all(ours is not None and ours.shape == theirs.shape for ours, theirs in shaped):
             errors[point] = max(token_relative_l2(ours, theirs) for ours, theirs in shaped if ours is not None)
