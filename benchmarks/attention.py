@@ -22,7 +22,7 @@ from benchmarks.common import interleaved, mixt, paired_ratio, publish, sample
 from mixt_export.runtime import load_runtime
 
 SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-LENGTHS, CHUNKS = (64, 256, 1024, 2048), (128, 256, 512)
+LENGTHS, CHUNKS = (64, 256, 1024), (128, 256, 512)
 
 
 def model(folder: Path, tiled: bool) -> Any:
