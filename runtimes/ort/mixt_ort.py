@@ -701,7 +701,7 @@ def _check_graph(path: Path, session: Any, manifest: Manifest) -> None:
 def _attention(manifest: Manifest) -> Iterator[None]:
     """While a session is made: attend with whole rows of scores, which prompts in short pieces are faster with.
 
-    Not with int8 keys, which only tiles read without widening them first. What the environment says already stays.
+    Not with int8 keys, which long prompts read faster in tiles. What the environment says already stays.
     """
     if manifest.kv_dtype == "int8" or _TILES_OFF in os.environ:
         yield
