@@ -89,8 +89,8 @@ def chain_of(case: Case, tensors: list[Any]) -> Callable[[Any], Any]:
     return train_chain
 
 
-def variants_of(case: Case, kernels: dict[str, Compiled], driver: Driver) -> tuple[list[Variant], list[Any]]:
-    """Every way to compute ``case``, and the activation sets, of which the first is the case's own."""
+def variants_of(case: Case, kernels: dict[str, Compiled], driver: Driver) -> list[Variant]:
+    """Every way to compute ``case``; the first set of activations is its own."""
     import torch
 
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def variants_of(case: Case, kernels: dict[str, Compiled], driver: Driver) -> tup
     found = [Variant("dense", lambda k: sets[k] @ dense), Variant("chain", lambda k: chain(sets[k]))]
     kernel = case.linear.candidate()
     found.append(Variant("kernel", _launcher(case, kernel, kernels[kernel.name], driver, sets, matrices)))
-    return found, sets
+    return found
 
 
 def _launcher(
@@ -156,7 +156,7 @@ def timed(variants: list[Variant], rounds: int) -> dict[str, float]:
 def row(name: str, tokens: int, kernels: dict[str, Compiled], driver: Driver, rounds: int) -> dict[str, Any]:
     case = LINEARS[name](tokens)
     expected = case.expected()
-    variants, _ = variants_of(case, kernels, driver)
+    variants = variants_of(case, kernels, driver)
     errors = {}
     for variant in variants:
         found = variant.call(0).cpu().numpy().astype(np.float64)

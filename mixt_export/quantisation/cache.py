@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from mixt_export.errors import MixtError
 from mixt_export.progress import SILENT, Progress
-from mixt_export.quantisation.segments import Read, Runner, Values, blocks_of, cut, inputs_of
+from mixt_export.quantisation.ranges import largest_of
+from mixt_export.quantisation.segments import Read
 
 Ids = NDArray[np.int64]
 Pairs = Sequence[tuple[int, int]]
@@ -65,22 +66,15 @@ def measure_cache(
     scale 1.
     """
     names = {f"present.{layer}.{part}": (layer, part) for layer in range(len(turned)) for part in PARTS}
-    largest: dict[str, NDArray[np.float32]] = {}
-    states = [inputs_of(model, window) for window in windows]
-    with progress.task("measuring keys and values", len(blocks_of(model.graph.node))) as done:
-        for piece in cut(model, (), tuple(names), read):
-            done(1)
-            if not piece.gives:  # the head
-                continue
-            runner = Runner(piece.model, threads)
-            for state in states:
-                found: Values = runner.run({name: state[name] for name in piece.reads}, {})
-                for name in names.keys() & found.keys():
-                    seen = _channels(found.pop(name), turned[names[name][0]] if name.endswith("key") else ())
-                    largest[name] = np.maximum(largest[name], seen) if name in largest else seen
-                state.update(found)
-    for name, seen in largest.items():
-        scale = np.where(seen > 0, seen / LARGEST, 1.0).astype(np.float32)
+
+    def seen(name: str, values: NDArray[Any]) -> NDArray[np.float32]:
+        layer, part = names[name]
+        return _channels(values, turned[layer] if part == "key" else ())
+
+    label = "measuring keys and values"
+    largest = largest_of(model, read, windows, names, seen, label, threads=threads, progress=progress)
+    for name, most in largest.items():
+        scale = np.where(most > 0, most / LARGEST, 1.0).astype(np.float32)
         scales.found[names[name]] = scale[None, :, None, :]
 
 

@@ -20,7 +20,8 @@ from mixt_export.checkpoints.write import encode_header
 from mixt_export.errors import MixtError
 from mixt_export.network import TensorRef
 from mixt_export.progress import SILENT, Progress
-from mixt_export.quantisation.segments import Read, Runner, Values, blocks_of, cut, inputs_of
+from mixt_export.quantisation.ranges import largest_of
+from mixt_export.quantisation.segments import Read
 
 Ids = NDArray[np.int64]
 Factors = NDArray[np.float32]
@@ -145,21 +146,14 @@ def measure_smoothing(
     First positions count: heads rest on them, and a few of their channels are a hundred times as large as anywhere
     else, so that everything behind them is lost where those are not smoothed (docs/quantisation.md).
     """
+
+    def seen(_name: str, values: NDArray[Any]) -> NDArray[Any]:
+        most: NDArray[Any] = np.abs(values[0]).max(axis=0)
+        return most
+
     sources = {group.source for group in smoothing.groups}
-    largest: dict[str, NDArray[Any]] = {}
-    states = [inputs_of(model, window) for window in windows]
-    with progress.task("measuring activations", len(blocks_of(model.graph.node))) as done:
-        for piece in cut(model, (), tuple(sources), read):
-            done(1)
-            if not piece.gives:  # the head
-                continue
-            runner = Runner(piece.model, threads)
-            for state in states:
-                found: Values = runner.run({name: state[name] for name in piece.reads}, {})
-                for name in sources & found.keys():
-                    seen = np.abs(found.pop(name)[0]).max(axis=0)
-                    largest[name] = np.maximum(largest[name], seen) if name in largest else seen
-                state.update(found)
+    label = "measuring activations"
+    largest = largest_of(model, read, windows, sources, seen, label, threads=threads, progress=progress)
     for group in smoothing.groups:
         weights = [np.abs(read(place.name)).max(axis=1 - place.axis) for place in group.readers]
         most, wide = group.gathered(largest[group.source]), group.gathered(np.max(weights, axis=0))

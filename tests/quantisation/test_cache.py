@@ -42,13 +42,6 @@ FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gptj", "gpt2", "qwen3_moe"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("a few words of a text that nobody reads, again and again. " * 400, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "model")
 
