@@ -121,6 +121,9 @@ def export(
             "they do not).",
         ),
     ] = "auto",
+    no_turn: Annotated[
+        bool, typer.Option("--no-turn", help="--quantize: do not turn factors (exactly) so that integers fit them.")
+    ] = False,
     detect_low_rank: Annotated[
         float | None,
         typer.Option(
@@ -158,7 +161,7 @@ def export(
         measure=False if no_loss else None,
     )  # fmt: skip
     int8_cache = int8_cache_from(kv_cache, calib, no_loss)
-    rewriting = Rewriting(balance, detect_low_rank)
+    rewriting = Rewriting(balance, detect_low_rank, turn=not no_turn)
     if dry_run:
         if detect_low_rank is not None:
             raise UsageError(

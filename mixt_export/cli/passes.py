@@ -19,6 +19,9 @@ def describe_passes(record: Mapping[str, Any]) -> None:
             f"low rank at {found['tolerance']:g}: {len(linears)} dense linears became two factors"
             + (f", ranks {min(ranks)} to {max(ranks)}, relative error at most {max(errors):.1e}" if ranks else "")
         )
+    turned = record.get("turn")
+    if turned is not None:
+        typer.echo(f"turned the factors of {turned['linears']} linears, so that integers fit them better")
     balanced = record.get("balance")
     if balanced is not None:
         typer.echo(

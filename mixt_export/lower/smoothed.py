@@ -1,9 +1,9 @@
 """Which products of a graph can be smoothed, and by what: found in the finished graph, whatever the family.
 
 A product fits when all that reads its input is such products, and its input comes from a norm with weights of its own,
-from an attention whose values one matrix gives, or from a gate times the output of a linear. All others stay as they
-are: what a factorised linear makes or reads, the second linear of an MLP without a gate, a norm that something else
-reads as well.
+from an attention whose values one matrix gives, or from a gate times the output of a linear. So does one that reads
+nothing but what such a product makes: the second factor of a low rank. All others stay as they are: other factorised
+linears, the second linear of an MLP without a gate, a norm that something else reads as well.
 """
 
 from __future__ import annotations
@@ -33,33 +33,45 @@ _CACHE = 4
 
 def find_smoothing(lowered: LoweredModel, found: Found) -> Smoothing:
     """Groups of products among the matrices ``found``; empty where none fits."""
-    finder = _Finder(lowered.model.graph, found)
+    finder = _Finder(found)
     groups = (finder.group(node) for node in lowered.model.graph)
     return Smoothing([group for group in groups if group is not None])
 
 
 def with_integer_products(found: Found, smoothing: Smoothing) -> dict[str, tuple[QuantisedMatrix, list[Use]]]:
-    """``found`` with one scale for each output, and int8 activations, where ``smoothing`` has groups."""
-    readers = smoothing.readers
+    """``found`` with a scale for each output and int8 activations, where ``smoothing`` has groups, and behind them."""
+    readers, products = smoothing.readers, _products(found)
+
+    def kind(node: ir.Node) -> str:
+        group = readers.get(products[node].name)
+        if group is not None:
+            return "token" if group.tokens else "call"
+        before = _only(node.inputs[0])
+        return kind(before) if before in products else ""
+
+    kinds = {matrix.name: kind(node) for node, matrix in products.items()}
 
     def settled(matrix: QuantisedMatrix) -> QuantisedMatrix:
-        group = readers.get(matrix.name)
-        if group is None:
+        activations = kinds.get(matrix.name)
+        if not activations:
             return matrix
-        kind = "token" if group.tokens else "call"
-        return replace(matrix, group=matrix.columns, scale_dtype="float32", activations=kind)
+        return replace(matrix, group=matrix.columns, scale_dtype="float32", activations=activations)
 
     return {name: (settled(matrix), uses) for name, (matrix, uses) in found.items()}
 
 
+def _products(found: Found) -> dict[ir.Node, QuantisedMatrix]:
+    """Products of linears by a matrix that nothing else reads."""
+    return {
+        uses[0].node: matrix
+        for matrix, uses in found.values()
+        if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and not matrix.embedding
+    }
+
+
 class _Finder:
-    def __init__(self, graph: ir.Graph, found: Found) -> None:
-        self._products = {
-            uses[0].node: matrix
-            for matrix, uses in found.values()
-            if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and uses[0].node.graph is graph
-            if not matrix.embedding
-        }
+    def __init__(self, found: Found) -> None:
+        self._products = _products(found)
 
     def group(self, node: ir.Node) -> Group | None:
         """Products of what ``node`` makes, with what makes that."""

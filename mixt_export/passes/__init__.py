@@ -3,5 +3,6 @@
 from mixt_export.passes.balance import Balance, balance
 from mixt_export.passes.base import Pass, PassResult, run
 from mixt_export.passes.low_rank import DetectLowRank
+from mixt_export.passes.turn import Turn
 
-__all__ = ["Balance", "DetectLowRank", "Pass", "PassResult", "balance", "run"]
+__all__ = ["Balance", "DetectLowRank", "Pass", "PassResult", "Turn", "balance", "run"]

@@ -33,6 +33,7 @@ from mixt_export.targets.quantise import (
     check_int8_activations,
     check_int8_cache,
     check_quantisation,
+    quantised_pairs,
     quantised_plan,
 )
 from mixt_export.targets.registry import Target, dtype_named, target_named
@@ -276,8 +277,9 @@ def export(
     quantised = quantisation is not None
     if quantised and passes.detect_low_rank is not None:
         raise UsageError("--detect-low-rank with --quantize: detect first, into a model folder; leave one out.")
+    dtype_written, pairs = plan.lowered.weights.dtype, quantised_pairs(plan.quantised, plan.checkpoint)
     with behind_passes(
-        plan.checkpoint, passes, plan.lowered.weights.dtype, output, quantised=quantised, progress=progress
+        plan.checkpoint, passes, dtype_written, output, quantised=quantised, pairs=pairs, progress=progress
     ) as changed:
         if changed.record:
             replan = partial(replan, rewritten=changed)

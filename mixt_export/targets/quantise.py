@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mixt_export.checkpoints import Checkpoint
 from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.lower import LoweredModel
+from mixt_export.lower.opened import open_products
 from mixt_export.lower.quantised import QuantisedMatrix, Rounded, find_matrices, quantise
 from mixt_export.lower.smoothed import find_smoothing, with_integer_products
+from mixt_export.passes.turn import pairs
 from mixt_export.quantisation import Quantisation, nearest
 from mixt_export.quantisation.cache import CacheScales, Int8Cache
 from mixt_export.quantisation.layouts import layout_of
@@ -76,6 +79,8 @@ def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settin
     """Quantise ``lowered`` in place. Raises UsageError when no matrix of it is large enough."""
     layout = layout_of(target.dialect.name)
     settings = layout.settled(settings)
+    if settings.int8_activations:
+        open_products(lowered)
     found = find_matrices(lowered, settings, embedding, layout)
     if not found:
         raise UsageError(
@@ -100,6 +105,18 @@ def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settin
         for name in sorted(smoothing.names - found.keys()):
             lowered.weights.change(name, partial(smoothing.applied, name))
     return QuantisedPlan(settings, {name: matrix for name, (matrix, _) in found.items()}, rounded, smoothing)
+
+
+def quantised_pairs(plan: QuantisedPlan | None, checkpoint: Checkpoint) -> list[str]:
+    """Linears of ``checkpoint`` whose two factors both become integers, each as a matrix of its own."""
+    if plan is None:
+        return []
+    single = {matrix.parts[0] for matrix in plan.matrices.values() if len(matrix.parts) == 1}
+    return [
+        name
+        for name, pair in pairs(checkpoint.factors).items()
+        if {pair.first.tensor.name, pair.second.tensor.name} <= single
+    ]
 
 
 def quantisation_entry(plan: QuantisedPlan, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from mixt_export.checkpoints import Checkpoint
 from mixt_export.errors import UsageError
-from mixt_export.passes import Balance, run
+from mixt_export.passes import Balance, Turn, run
 from mixt_export.passes.low_rank import DetectLowRank, check_tolerance
 from mixt_export.progress import SILENT, Progress
 
@@ -24,11 +24,12 @@ AUTO_LEAST = 2.0
 class Rewriting:
     """``balance``: one of BALANCES. ``detect_low_rank``: singular values below this share of the largest count as 0.
 
-    Raises UsageError for anything else.
+    ``turn``: turn pairs of factors that become integers. Raises UsageError for anything else.
     """
 
     balance: str = "auto"
     detect_low_rank: float | None = None
+    turn: bool = True
 
     def __post_init__(self) -> None:
         if self.balance not in BALANCES:
@@ -60,23 +61,30 @@ def behind_passes(
     beside: Path,
     *,
     quantised: bool = False,
+    pairs: Collection[str] = (),
     progress: Progress = SILENT,
 ) -> Iterator[Rewritten]:
     """``checkpoint``, which will be exported at ``dtype``, behind the passes that ``rewriting`` asks for.
 
-    Factors that are found lie in a hidden folder ``beside`` the output while the context is open. ``quantised``:
-    weights become integers afterwards. Raises what the passes raise, UsageError for a balance that does not go with
-    quantisation.
+    Factors that are made lie in a hidden folder ``beside`` the output while the context is open. ``quantised``:
+    weights become integers afterwards, those of the linears ``pairs`` as two matrices. Raises what the passes raise,
+    UsageError for a balance that does not go with quantisation.
     """
     record: dict[str, Any] = {}
     with ExitStack() as stack:
-        if rewriting.detect_low_rank is not None:
+        turning = rewriting.turn and bool(pairs)
+        if turning or rewriting.detect_low_rank is not None:
             parent = beside.absolute().parent
             parent.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(TemporaryDirectory(prefix=f".{beside.name}.factors-", dir=parent))
-            found = run(DetectLowRank(rewriting.detect_low_rank, Path(scratch), progress), checkpoint)
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix=f".{beside.name}.factors-", dir=parent)))
+        if rewriting.detect_low_rank is not None:
+            found = run(DetectLowRank(rewriting.detect_low_rank, scratch, progress), checkpoint)
             checkpoint = found.checkpoint
             record["detect_low_rank"] = found.record
+        if turning:
+            turned = run(Turn(pairs, scratch, progress), checkpoint)
+            checkpoint = turned.checkpoint
+            record["turn"] = turned.record
         balance = _balance(checkpoint, rewriting, dtype, quantised, progress)
         if balance is not None:
             balanced = run(balance, checkpoint)

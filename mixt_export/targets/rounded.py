@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixt_export.checkpoints import open_checkpoint
 from mixt_export.checkpoints.strictjson import load_object
 from mixt_export.lower.weights import itemsize
 from mixt_export.progress import Progress
@@ -14,7 +15,7 @@ from mixt_export.quantisation.smoothing import FILE as SMOOTHING
 from mixt_export.quantisation.smoothing import write_factors
 from mixt_export.targets.files import facts, write_json
 from mixt_export.targets.manifest import FILE
-from mixt_export.targets.quantise import quantisation_entry
+from mixt_export.targets.quantise import quantisation_entry, quantised_pairs
 
 if TYPE_CHECKING:
     from mixt_export.targets.export import ExportPlan
@@ -76,7 +77,21 @@ def write_rounded(
             rows = {name: matrix.rows for name, matrix in quantised.matrices.items()}
             write_factors(smoothing, rows, folder / SMOOTHING)
             manifest["files"][SMOOTHING] = facts(folder / SMOOTHING)
+        if "turn" in plan.passes:
+            manifest["quantisation"]["turned"] = _turned(plan, source, folder, manifest)
     else:
         manifest["kv"] |= measured
     write_json(folder / FILE, manifest)
     return linked
+
+
+def _turned(plan: ExportPlan, source: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
+    """How far the products of turned factors are from those of the model folder ``source``, by linear."""
+    from mixt_export.verification.graph import open_graph
+    from mixt_export.verification.quantised import matrices_of
+    from mixt_export.verification.turned import product_error, turned_pairs
+
+    checkpoint = open_checkpoint(source)
+    matrices = matrices_of(open_graph(folder), manifest)
+    found = turned_pairs(quantised_pairs(plan.quantised, plan.checkpoint), matrices, checkpoint)
+    return {name: product_error(*pair, checkpoint) for name, pair in found.items()}

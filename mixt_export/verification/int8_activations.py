@@ -115,25 +115,22 @@ def rounding_activations(model: TorchModel, matrices: Mapping[str, Matrix], size
     """
     import torch
 
-    integer = {part: matrix for matrix in matrices.values() if matrix.activations for part in _weights(matrix)}
-    matrices = {name: matrix for name, matrix in matrices.items() if not matrix.activations}
-    groups = {part: matrix.group for matrix in matrices.values() for part in _weights(matrix)}
+    own = {part: matrix for matrix in matrices.values() for part in _weights(matrix)}
+    groups = {part: matrix.group for part, matrix in own.items() if not matrix.activations}
     hooks: list[Any] = []
     replaced: list[Any] = []
-    tied = {id(model.model.get_parameter(name)): group for name, group in groups.items() if _has(model.model, name)}
+    tied = {id(model.model.get_parameter(name)): own[name] for name in groups if _has(model.model, name)}
     for name, module in model.model.named_modules():
         linear = getattr(module, "linear", None)
         weight = getattr(module, "weight", None)
         if linear is not None and hasattr(module, "cores"):
-            if any(tensor.name in groups for tensor in linear.core_tensors()):
+            if any(tensor.name in own for tensor in linear.core_tensors()):
                 replaced.append(module)
-                module._branch = _rounding_branch(module, groups)
-        elif f"{name}.weight" in integer:
-            hooks.append(module.register_forward_pre_hook(_apart(integer[f"{name}.weight"], sizes)))
+                module._branch = _rounding_branch(module, own, sizes)
         elif weight is not None and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
-            group = groups.get(f"{name}.weight") or tied.get(id(weight), 0)
-            if group:
-                hooks.append(module.register_forward_pre_hook(_hook(group)))
+            matrix = own.get(f"{name}.weight") or tied.get(id(weight))
+            if matrix is not None:
+                hooks.append(module.register_forward_pre_hook(_hook(matrix, sizes)))
     try:
         yield
     finally:
@@ -155,28 +152,35 @@ def _has(model: Any, name: str) -> bool:
     return True
 
 
-def _hook(group: int) -> Any:
-    return lambda _module, inputs: (rounded_blocks(inputs[0], group), *inputs[1:])
+def _rounded(x: Any, matrix: Matrix, sizes: Sequence[int]) -> Any:
+    """``x`` (1, positions, K) or (positions, K) as the product by ``matrix`` rounds it."""
+    if not matrix.activations:
+        return rounded_blocks(x, matrix.group)
+    return rounded_apart(x.reshape(1, -1, x.shape[-1]), matrix, sizes).reshape(x.shape)
 
 
-def _apart(matrix: Matrix, sizes: Sequence[int]) -> Any:
-    return lambda _module, inputs: (rounded_apart(inputs[0], matrix, sizes), *inputs[1:])
+def _hook(matrix: Matrix, sizes: Sequence[int]) -> Any:
+    return lambda _module, inputs: (_rounded(inputs[0], matrix, sizes), *inputs[1:])
 
 
-def _rounding_branch(module: Any, groups: Mapping[str, int]) -> Any:
-    """`_branch` of a FactorizedLinear that rounds, in its blocks, what each matrix of ``groups`` is multiplied with."""
+def _rounding_branch(module: Any, own: Mapping[str, Matrix], positions: Sequence[int]) -> Any:
+    """`_branch` of a FactorizedLinear that rounds what each matrix of ``own`` is multiplied with, as its product does.
+
+    ``positions``: how many go into each call.
+    """
     plain = module._branch
     cores = {tensor.name: core for tensor, core in zip(module.linear.core_tensors(), module.cores, strict=True)}
 
     def branch_of(branch: Branch, flat: Any) -> Any:
-        sizes = [groups.get(core.tensor.name, 0) for core in branch.cores]
+        known = [own.get(core.tensor.name) for core in branch.cores]
         steps = _chain(branch)
         if steps is None:
-            return plain(branch, rounded_blocks(flat, max(sizes)) if any(sizes) else flat)
+            sizes = [matrix.group for matrix in known if matrix is not None]
+            return plain(branch, rounded_blocks(flat, max(sizes)) if sizes else flat)
         for index, turned in steps:
-            matrix = cores[branch.cores[index].tensor.name]
-            given = rounded_blocks(flat, sizes[index]) if sizes[index] else flat
-            flat = given @ (matrix.T if turned else matrix)
+            core, matrix = cores[branch.cores[index].tensor.name], known[index]
+            given = flat if matrix is None else _rounded(flat, matrix, positions)
+            flat = given @ (core.T if turned else core)
         return flat * branch.scale
 
     return branch_of

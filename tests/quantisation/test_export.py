@@ -145,6 +145,7 @@ def test_every_product_of_a_chain_rounds_what_it_reads(turned: bool) -> None:
     import torch
 
     from mixt_export.verification.int8_activations import _rounding_branch
+    from mixt_export.verification.quantised import Matrix
     from tests.quantisation import oracle
 
     rng = np.random.default_rng(2)
@@ -162,7 +163,10 @@ def test_every_product_of_a_chain_rounds_what_it_reads(turned: bool) -> None:
     cores = dict(zip((core.name for core in linear.core_tensors()), map(torch.from_numpy, stored), strict=True))
     module = linear_module(linear, lambda name: torch.nn.Parameter(cores[name]), lambda _name: torch.empty(0))
     x = rng.standard_normal((5, 45)).astype(np.float32)
-    found = _rounding_branch(module, dict.fromkeys(cores, 16))(branch, torch.from_numpy(x)).detach().numpy()
+    empty = onnx.TensorProto()
+    matrix = Matrix("m", 1, 1, False, 8, 16, ("m",), False, 0.0, 0.0, Path(), empty, empty)
+    rounding = _rounding_branch(module, dict.fromkeys(cores, matrix), [5])
+    found = rounding(branch, torch.from_numpy(x)).detach().numpy()
     hidden = (oracle.rounded_rows(x, 16) @ down).astype(np.float32)
     expected = oracle.rounded_rows(hidden, 16) @ up
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)

@@ -36,7 +36,7 @@ from mixt_export.verification.locate import locate
 from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.routes import Pieces
 from tests.quantisation import oracle
-from tests.tiny import write_tiny, write_tiny_low_rank
+from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
 
 OPTIONS = VerifyOptions(positions=32, memory=False, write=False, threads=1)
 
@@ -106,10 +106,16 @@ def test_pytorch_rounds_as_the_oracle(sizes: list[int], tokens: bool) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma2", "gptj", "gpt2"])
-def test_smoothing_changes_nothing(tmp_path: Path, text: Path, family: str) -> None:
-    """Before anything is rounded: biases, norms with an offset and a shift, packed matrices, grouped heads."""
-    source = write_tiny(tmp_path / "model", family, num_hidden_layers=2)
+@pytest.mark.parametrize(
+    ("family", "low_rank"),
+    [(name, False) for name in ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gptj", "gpt2")]
+    + [(name, True) for name in ("llama", "qwen2", "gemma2")],
+)
+def test_smoothing_changes_nothing(tmp_path: Path, text: Path, family: str, low_rank: bool) -> None:
+    """Before anything is rounded: biases, norms with an offset and a shift, packed matrices, grouped heads, factors."""
+    source = write_tiny(tmp_path / "base", family, num_hidden_layers=2)
+    if low_rank:
+        source = write_tiny_low_rank(tmp_path / "model", source, 17)
     plan = plan_export(source, quantisation=settings(text))
     floats = plan_export(source, variants="none")
     assert plan.quantised is not None
@@ -155,9 +161,44 @@ def test_families(tmp_path: Path, text: Path, family: str) -> None:
     assert bool(stays) == (family in last)
 
 
-def test_factorised_linears_stay_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
-    """A factorised v_proj leaves o_proj in blocks, a factorised q_proj what else reads its norm."""
-    source = write_tiny_low_rank(tmp_path / "model", model, {"v_proj": 8})
+RANKS = {"q_proj": 17, "k_proj": 16, "v_proj": 19, "o_proj": 21, "gate_proj": 23, "up_proj": 16, "down_proj": 25}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_low_rank(tmp_path: Path, text: Path, family: str) -> None:
+    """Both factors of every linear, odd ranks and biases; what the second reads is rounded as what the first does."""
+    base = write_tiny(tmp_path / "base", family, num_hidden_layers=2)
+    source = write_tiny_low_rank(tmp_path / "model", base, RANKS)
+    export(source, tmp_path / "out", quantisation=settings(text), verify=False)
+    found = {name: kind for name, kind in kinds(tmp_path / "out").items() if "core" in name}
+    assert len(found) == 2 * len(RANKS)
+    assert all(kind == ("token" if "down_proj" in name else "call") for name, kind in found.items())
+    context = context_of(tmp_path / "out", source)
+    for check in (quantised_weights, teacher_forced, far, int8_activations):
+        result = check.run(context)
+        assert result.passed, result
+
+
+def test_a_second_factor_rounded_otherwise_is_found(tmp_path: Path, text: Path, model: Path) -> None:
+    """Codes of one scale for all tokens where each was to have its own: only rounding shows it."""
+    source = write_tiny_low_rank(tmp_path / "model", model, RANKS)
+    out = tmp_path / "out"
+    export(source, out, quantisation=settings(text), verify=False)
+    proto = onnx.load_model(str(out / "model.onnx"), load_external_data=False)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0, 1, 2]), "/constants/all_axes"))
+    behind = [node for node in proto.graph.node if node.op_type == "ReduceMax" and "down_proj/up" in node.name]
+    assert len(behind) == 2
+    for node in behind:
+        node.input[1] = "/constants/all_axes"
+    onnx.save_model(proto, str(out / "model.onnx"))
+    context = context_of(out, source)
+    assert teacher_forced.run(context).passed
+    assert not int8_activations.run(context).passed
+
+
+def test_other_factorised_linears_stay_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
+    """A mixture as v_proj leaves o_proj in blocks, and what else reads its norm."""
+    source = write_tiny_mixt(tmp_path / "model", model, include=lambda name: "v_proj" in name)
     export(source, tmp_path / "out", quantisation=settings(text), verify=False)
     found = kinds(tmp_path / "out")
     assert all(kind == "" for name, kind in found.items() if "self_attn" in name)
@@ -298,8 +339,7 @@ def test_options_that_do_not_go_together_are_refused(
 
 
 def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path, text: Path, model: Path) -> None:
-    ranks = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 12)
-    source = write_tiny_low_rank(tmp_path / "model", model, ranks)
+    source = write_tiny_mixt(tmp_path / "model", model)
     with pytest.raises(UnsupportedError, match="--activations int8: no linear of this model"):
         export(source, tmp_path / "out", quantisation=settings(text), verify=False)
     (model / "tokenizer.json").rename(model / "away")
@@ -311,7 +351,7 @@ def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path, text: Path, mo
 
 
 def test_the_note_counts_products(tmp_path: Path, text: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_tiny_low_rank(tmp_path / "model", model, {"v_proj": 8})
+    source = write_tiny_mixt(tmp_path / "model", model, include=lambda name: "v_proj" in name)
     options = ["--quantize", "int8", "--activations", "int8", "--calib", text, "--no-loss", "--no-verify"]
     assert mixt(source, "-o", tmp_path / "out", *options) == 0
     assert "with int8 activations in 6 of" in " ".join(capsys.readouterr().out.split())
