@@ -115,7 +115,7 @@ def speed(folders: dict[str, Path], lengths: list[int], rounds: int) -> list[dic
         for name, model in models.items():
             caches[name] = model.new_cache()
             began = time.process_time()
-            model.prefill([tokens[:length]], caches[name], chunk=runtime._PREFILL_CHUNK)
+            model.prefill([tokens[:length]], caches[name], chunk=model.prefill_chunk)
             prompt[name] = time.process_time() - began
         steps: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(rounds):

@@ -40,7 +40,7 @@ class Ours:
         self._path = path
         self._model = runtime.Model(path, threads=threads)
         self._cache = self._model.new_cache()
-        self._chunk = runtime._PREFILL_CHUNK
+        self._chunk = self._model.prefill_chunk
         self._next = 0
 
     def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -89,6 +92,39 @@ def test_prefix_reuse_gives_the_same_tokens(tiny: Tiny) -> None:
     other = tiny.model.generate(branch, 6, cache=cache, stop=())
     assert list(other) == greedy(tiny.shape, tiny.weights, branch, 6, stop=-1)
     assert other.stats.reused_tokens == 7
+
+
+@pytest.mark.parametrize(("weights", "pieces"), [("float", [4, 4, 3]), ("integer", [3, 3, 3, 2])])
+def test_prompts_go_in_pieces_that_suit_the_weights(
+    tiny: Tiny, rt: ModuleType, monkeypatch: pytest.MonkeyPatch, weights: str, pieces: list[int]
+) -> None:
+    monkeypatch.setattr(rt, "_PREFILL_CHUNK", {"float": 4, "integer": 3})
+    monkeypatch.setattr(tiny.model, "manifest", replace(tiny.model.manifest, weights=weights))
+    expected = greedy(tiny.shape, tiny.weights, prompt(11), 1, stop=-1)
+    for chunk, sizes in ((0, pieces), (None, [11]), (6, [6, 5])):
+        assert runs(tiny, monkeypatch, chunk) == (expected, sizes)
+
+
+def runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, chunk: int | None) -> tuple[list[int], list[int]]:
+    """The next token behind a prompt of 11, and how many tokens each run appended."""
+    cache, run, filled = tiny.model.new_cache(), tiny.model._run, [0]
+
+    def counted(binding: object) -> None:
+        filled.append(int(cache._mask.sum()))
+        run(binding)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny.model, "_run", counted)
+        tokens = list(tiny.model.generate(prompt(11), 1, cache=cache, chunk=chunk, stop=()))
+    return tokens, np.diff(filled).tolist()
+
+
+def test_the_manifest_says_whether_weights_are_integers(rt: ModuleType, tmp_path: Path) -> None:
+    write_folder(tmp_path, "ort", Shape())
+    assert rt.read_manifest(tmp_path).weights == "float"
+    path = tmp_path / "mixt_manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantisation": {"bits": 8}}))
+    assert rt.read_manifest(tmp_path).weights == "integer"
 
 
 def test_same_prompt_twice_runs_only_its_last_token(tiny: Tiny) -> None:
