@@ -43,7 +43,7 @@ def contenders(work: Path, python: Path, models: dict[str, Path], rounding: str 
 
 #: 4 bits everywhere, as in GenAI's int4.
 LEAN = "int4 lean"
-#: Products of int8 by int8; of factorised linears there are none.
+#: Products of int8 by int8; of a MixT there are none.
 INTEGER = "int8 activations"
 #: Weights of our exports -> options of mixt-export.
 WEIGHTS: dict[str, tuple[str, ...]] = {
@@ -59,10 +59,8 @@ def _ours(work: Path, models: dict[str, Path], rounding: str) -> list[Contender]
     found = []
     for model, folder in models.items():
         for weights, kind in WEIGHTS.items():
-            if weights == LEAN and model.startswith("MixT"):
+            if weights in (LEAN, INTEGER) and model.startswith("MixT"):
                 continue  # most of it is the dense model's
-            if weights == INTEGER and model != "dense":
-                continue
             out = work / f"ours-{model}-{weights}".replace(" ", "-")
             how = rounding if model == "dense" else "nearest"  # the others are here for their speed
             options = [*kind, "--rounding", how, "--no-loss"] if kind else []

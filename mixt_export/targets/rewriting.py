@@ -14,6 +14,7 @@ from mixt_export.errors import UsageError
 from mixt_export.passes import Balance, Turn, run
 from mixt_export.passes.low_rank import DetectLowRank, check_tolerance
 from mixt_export.progress import SILENT, Progress
+from mixt_export.staging import require_space
 
 BALANCES = ("auto", "none", "weights", "calibrated")
 #: By itself (auto) an export balances only linears of which some slice moves by 2 to this power or more.
@@ -82,6 +83,8 @@ def behind_passes(
             checkpoint = found.checkpoint
             record["detect_low_rank"] = found.record
         if turning:
+            cores = [core for name in pairs for core in checkpoint.factors[name].core_tensors()]
+            require_space(beside, 4 * sum(core.size for core in cores), "turning factors (--no-turn leaves them)")
             turned = run(Turn(pairs, scratch, progress), checkpoint)
             checkpoint = turned.checkpoint
             record["turn"] = turned.record

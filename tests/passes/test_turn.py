@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from mixt_export import network
 from mixt_export.checkpoints import Made, open_checkpoint, overlaid, write_checkpoint
 from mixt_export.cli.guard import guarded
 from mixt_export.cli.main import load_verb
-from mixt_export.errors import MixtError, UsageError
+from mixt_export.errors import MixtError, ResourceError, UsageError
 from mixt_export.network import FactorizedLinear, build
 from mixt_export.passes import PassResult, Turn, run
 from mixt_export.passes.turn import pairs, turned
@@ -268,6 +269,15 @@ def test_integers_of_another_product_are_found_whatever_the_manifest_says(
     result = quantised_weights.run(Context(exported, other, OPTIONS, SILENT))
     assert not result.passed
     assert "integers of its factors are off by" in result.reason
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(ResourceError, match=r"turning factors .*needs .* MB in .*out, but only 0\.0 MB are free"):
+        export(model, tmp_path / "out", quantisation=low(), verify=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_says_what_it_did(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
