@@ -195,14 +195,16 @@ def _weight(context: LinearContext, merged: Merged, operand: Operand) -> ir.Tens
     if source is None and operand.stored:
         return weights.viewed(operand.tensor, operand.shape)
     axes = "".join(f"_{axis}" for axis in operand.perm)
+    label = f"{operand.tensor}.axes{axes}.{'x'.join(map(str, operand.shape))}"
+    if source is None and operand.perm == (1, 0) and tuple(operand.shape) == weights.shape(operand.tensor)[::-1]:
+        return weights.transposed([operand.tensor], label)
     parts = [operand.tensor] if source is None else [part.tensor.name for part in source.parts]
 
     def make(load: Load) -> Array:
         values = load(operand.tensor).astype(np.float64) if source is None else source.make(load)
         return values.transpose(operand.perm).reshape(operand.shape)
 
-    sizes = "x".join(map(str, operand.shape))
-    return weights.derived(f"{operand.tensor}.axes{axes}.{sizes}", operand.shape, parts, make)
+    return weights.derived(label, operand.shape, parts, make)
 
 
 def _node(

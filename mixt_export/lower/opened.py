@@ -35,9 +35,9 @@ def _open(call: ir.Node, function: ir.Function) -> None:
         known[formal] = actual
     made = []
     (old,) = call.outputs
-    for inner in function:
+    for index, inner in enumerate(function):
         inputs = [known[value] for value in inner.inputs if value is not None]
-        name = f"{call.name}/{inner.name}"
+        name = f"{call.name}/{inner.name or index}"
         shape: list[Dim] = dims(inputs[0])
         if inner.op_type == "MatMul":
             shape = [*shape[:-1], dims(inputs[1])[-1]]

@@ -42,6 +42,7 @@ def find_matrices(
         for name in lowered.model.graph.initializers
         for part in {*lowered.weights.parts.get(name, ()), *lowered.weights.sources.get(name, ())}
     )
+    called = _called(lowered.weights)
     dtype = lowered.weights.dtype
     scale_dtype = dtype if layout.positive or dtype != "float32" else ""
     found = {}
@@ -60,11 +61,12 @@ def find_matrices(
         table = lookup or any(use is not None and (use.node.name or "").startswith("/lm_head/") for use in uses)
         if (lookup and name != embedding) or (table and not layout.tables) or rows * columns < settings.min_elements:
             continue
-        bits, group = layout.fitted(settings.bits_of(name, table), settings.group, columns)
+        parts = lowered.weights.parts.get(name, ())
+        names = (name, *(called[part] for part in parts if part in called))
+        bits, group = layout.fitted(settings.bits_of(names, table), settings.group, columns)
         if columns < group or (lookup and columns % group):
             continue
         read = _reader(lowered.weights, tensor, transposed)
-        parts = lowered.weights.parts.get(name, ())
         if (not parts and not name.endswith(".dense")) or any(readers[part] > 1 for part in parts):
             continue
         flipped = transposed != (name in lowered.weights.flipped)
@@ -97,6 +99,21 @@ def quantise(
     for identifier in [identifier for identifier in model.functions if identifier not in called]:
         del model.functions[identifier]
     check_dialect(model, dialect)
+
+
+def _called(weights: Weights) -> dict[str, str]:
+    """Factors of linears of two matrices -> what they are called in our own format, whoever stored them.
+
+    LINEAR.core0 reads the input, LINEAR.core1 gives the output.
+    """
+    found: dict[str, str] = {}
+    for name, linear in weights.checkpoint.factors.items():
+        for branch in linear.branches:
+            if len(branch.cores) == 2 and len(branch.in_modes) == 1:
+                ((label, _),) = branch.in_modes
+                for core in branch.cores:
+                    found[core.tensor.name] = f"{name}.core{int(label not in core.labels)}"
+    return found
 
 
 def _external(tensor: ir.TensorProtocol) -> bool:

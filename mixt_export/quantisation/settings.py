@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,9 @@ class Quantisation:
             int8_activations=bool(activations),
         )
 
-    def bits_of(self, matrix: str, embedding: bool) -> int:
-        """Bits of the ``matrix`` of a linear, or of the table of the embedding and the head."""
+    def bits_of(self, names: Iterable[str], embedding: bool) -> int:
+        """Bits of the matrix of a linear that goes by ``names``, or of the table of the embedding and the head."""
         if embedding:
             return self.head_bits or HEAD_BITS
-        return 8 if any(re.search(pattern, matrix) for pattern in self.int8_for) else self.bits
+        wide = any(re.search(pattern, name) for pattern in self.int8_for for name in names)
+        return 8 if wide else self.bits

@@ -14,12 +14,14 @@ import pytest
 
 from mixt_export.checkpoints import NewTensor, open_checkpoint, write_checkpoint
 from mixt_export.errors import UnsupportedError, UsageError
-from mixt_export.network import build
+from mixt_export.network import TensorRef, build
 from mixt_export.progress import SILENT
 from mixt_export.quantisation import Quantisation
 from mixt_export.reference.linear import linear_module
 from mixt_export.targets import export
+from mixt_export.targets.rewriting import Rewriting
 from mixt_export.targets.trt import TrtOptions
+from mixt_export.verification import verify
 from mixt_export.verification.checks import int8_activations, quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
@@ -280,3 +282,43 @@ def test_options_that_do_not_go_together_are_refused(dense: Path, tmp_path: Path
     with pytest.raises(UsageError, match="--quantize int3"):
         Quantisation.named("int3")
     assert not (tmp_path / "out").exists()
+
+
+def write_flipped(folder: Path, source: Path) -> Path:
+    """The low rank model ``source`` with factors (rank, in) and (out, rank) under the names of a foreign format."""
+    checkpoint = open_checkpoint(source)
+    names = {"core0": "BLinear.weight", "core1": "ALinear.weight"}
+    factors, tensors = {}, []
+    for name, linear in checkpoint.factors.items():
+        (branch,) = linear.branches
+        cores = []
+        for core in branch.cores:
+            old = core.tensor.name
+            new, shape = f"{name}.{names[old.rpartition('.')[2]]}", core.tensor.shape[::-1]
+            tensors.append(NewTensor(new, "float32", shape, lambda old=old: checkpoint.store.read(old, "float32").T))
+            cores.append(replace(core, labels=core.labels[::-1], tensor=TensorRef(new, shape, "float32")))
+        factors[name] = replace(linear, branches=(replace(branch, cores=tuple(cores)),))
+    folder.mkdir()
+    write_checkpoint(folder, checkpoint, tensors, factors, {})
+    return folder
+
+
+@pytest.mark.parametrize("turn", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"name": "int8"}, {"name": "int8", "activations": "int8"}, {"name": "int4", "rounding": "calibrated"}]
+)
+def test_factors_of_foreign_formats(tmp_path: Path, text: Path, options: dict[str, str], turn: bool) -> None:
+    """The other way round and under other names: integers like ours, proven; int4 keeps the same at 8 bits."""
+    ours = write_tiny_low_rank(tmp_path / "ours", write_tiny(tmp_path / "base", num_hidden_layers=2), 19)
+    theirs = write_flipped(tmp_path / "theirs", ours)
+    asked = replace(Quantisation.named(**options, texts=(text,), measure=False), min_elements=256, group=16)
+    found = []
+    for source in (ours, theirs):
+        out = tmp_path / f"{source.name} out"
+        export(source, out, quantisation=asked, rewriting=Rewriting(turn=turn), verify=False)
+        listed = json.loads((out / "mixt_manifest.json").read_text())["quantisation"]["matrices"]
+        found.append(sorted((tuple(each["shape"]), each["bits"], each.get("activations")) for each in listed.values()))
+        assert sum("core" in name or "Linear" in name for name in listed) == 28
+        report = verify(out, source, options=VerifyOptions(positions=32, memory=False, write=False, threads=1))
+        assert report.passed, [check.reason for check in report.checks if not check.passed]
+    assert found[0] == found[1]
