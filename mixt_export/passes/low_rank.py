@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mixt_export.errors import MixtError, UsageError
 from mixt_export.families import decoder_of
 from mixt_export.network import FactorizedLinear, build
 from mixt_export.passes.base import PassResult
+from mixt_export.passes.kept import kept
 from mixt_export.progress import SILENT, Progress
 
 Matrix = NDArray[np.float64]
@@ -84,8 +84,7 @@ class DetectLowRank:
             factors[found.name] = linear
             for core, values in zip(linear.core_tensors(), pair, strict=True):
                 path = self.folder / f"low_rank_{len(tensors):06d}.npy"
-                np.save(path, values, allow_pickle=False)
-                tensors[core.name] = Made("float32", core.shape, partial(_load, path))
+                tensors[core.name] = kept(values, path)
             linears[found.name] = {"rank": found.rank, "error": found.error}
         record = {"tolerance": self.tolerance, "linears": linears}
         if not factors:
@@ -183,8 +182,3 @@ def _linear(checkpoint: Checkpoint, found: Found) -> FactorizedLinear:
     bias = checkpoint.store.refs.get(f"{found.name}.bias")
     linear = build.low_rank(found.name, inputs, outputs, found.rank, method="detected")
     return replace(linear, bias=bias)
-
-
-def _load(path: Path) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    return values

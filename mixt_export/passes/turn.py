@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +23,7 @@ from mixt_export.errors import MixtError
 from mixt_export.network import Branch, Core, FactorizedLinear
 from mixt_export.network.contraction import Load
 from mixt_export.passes.base import PassResult
+from mixt_export.passes.kept import kept
 from mixt_export.progress import SILENT, Progress
 
 Matrix = NDArray[np.float64]
@@ -119,8 +118,7 @@ class Turn:
                 first, second = turned(*pair.read(lambda core: checkpoint.store.read(core, "float64")))
                 for core, values in pair.stored(first, second).items():
                     path = self.folder / f"turned_{len(tensors):06d}.npy"
-                    np.save(path, values.astype(np.float32), allow_pickle=False)
-                    tensors[core] = Made("float32", values.shape, partial(_load, path))
+                    tensors[core] = kept(values.astype(np.float32), path)
                 factors[name] = _at_float32(checkpoint.factors[name])
                 advance(1)
         if not factors:
@@ -148,8 +146,3 @@ def _at_float32(linear: FactorizedLinear) -> FactorizedLinear:
         for branch in linear.branches
     )
     return replace(linear, branches=branches)
-
-
-def _load(path: Path) -> NDArray[Any]:
-    values: NDArray[Any] = np.load(path, allow_pickle=False)
-    return values
