@@ -12,19 +12,19 @@ _INNER = ("MatMul", "Add")
 
 
 def open_products(lowered: LoweredModel) -> None:
-    """Put the nodes of its body in place of every call of a function of products with matrices, and of a bias."""
-    model = lowered.model
+    """Put the nodes of its body in place of every call of a function of products with matrices, and of a bias.
+
+    Calls inside of branches stay, and so do the functions, whoever still calls them.
+    """
     fitting = {
         identifier: function
-        for identifier, function in model.functions.items()
+        for identifier, function in lowered.model.functions.items()
         if identifier[0] == MIXT_DOMAIN and all(node.op_type in _INNER and not node.domain for node in function)
     }
-    for node in list(model.graph):
+    for node in list(lowered.model.graph):
         function = fitting.get(node.op_identifier())
         if function is not None:
             _open(node, function)
-    for identifier in fitting:
-        del model.functions[identifier]
 
 
 def _open(call: ir.Node, function: ir.Function) -> None:

@@ -98,7 +98,7 @@ def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settin
                 "--activations int8: no linear of this model reads a norm, an attention or a gate that could be scaled "
                 "for it; leave it out."
             )
-        found = with_integer_products(found, smoothing)
+        found = with_integer_products(lowered, found, smoothing)
     rounded = Rounded(lambda matrix, values: nearest(values, matrix.bits, matrix.group, scale_dtype=matrix.scale_dtype))
     quantise(lowered, target.dialect, found, rounded)
     if smoothing is not None:

@@ -36,7 +36,10 @@ from mixt_export.verification.locate import locate
 from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.routes import Pieces
 from tests.quantisation import oracle
+from tests.targets.test_variants import always
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
+
+__all__ = ["always"]  # a fixture
 
 OPTIONS = VerifyOptions(positions=32, memory=False, write=False, threads=1)
 
@@ -194,6 +197,27 @@ def test_a_second_factor_rounded_otherwise_is_found(tmp_path: Path, text: Path, 
     context = context_of(out, source)
     assert teacher_forced.run(context).passed
     assert not int8_activations.run(context).passed
+
+
+@pytest.mark.usefixtures("always")
+def test_what_a_branch_computes_stays_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
+    """Two forms of a linear for few tokens and for many: the proof sees products of the graph itself only."""
+    source = write_tiny_low_rank(tmp_path / "model", model, RANKS, include=_first)
+    export(source, tmp_path / "out", quantisation=settings(text), variants="one", verify=False)
+    proto = onnx.load_model(str(tmp_path / "out" / "model.onnx"), load_external_data=False)
+    assert sum(node.op_type == "If" for node in proto.graph.node) == len(RANKS)
+    for node in proto.graph.node:
+        inner = [each.op_type for entry in node.attribute for each in entry.g.node]
+        assert "DynamicQuantizeMatMul" not in inner
+    assert set(kinds(tmp_path / "out").values()) == {"", "call", "token"}
+    context = context_of(tmp_path / "out", source)
+    for check in (quantised_weights, teacher_forced):
+        result = check.run(context)
+        assert result.passed, result
+
+
+def _first(name: str) -> bool:
+    return ".layers.0." in name
 
 
 def test_other_factorised_linears_stay_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
