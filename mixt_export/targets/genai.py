@@ -40,13 +40,17 @@ def genai_config(
     Raises CheckpointError when config.json lacks hidden_size or num_attention_heads.
     """
     generation = generation_config or {}
+    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if any("activations" in matrix for matrix in manifest.get("quantisation", {}).get("matrices", {}).values()):
+        # Exact on every x86; slower than need be on those with VNNI or AMX, where this line may go (quantisation.md).
+        session["session.x64quantprecision"] = "1"
     kv = manifest["kv"]
     context = manifest["limits"]["max_seq_len"]
     model_type = hf_config.get("model_type")
     model: dict[str, Any] = {
         "context_length": context,
         "decoder": {
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "session_options": session,
             "filename": "model.onnx",
             "head_size": kv["head_dim"],
             "hidden_size": _size(hf_config, "hidden_size"),

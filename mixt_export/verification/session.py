@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mixt_export.errors import ResourceError, UsageError
+from mixt_export.runtime import load_runtime
 from mixt_export.verification.graph import LOGITS, MODEL_FILE, ExportedGraph, instrument, layer_outputs
 from mixt_export.verification.rounding import rounding
 
@@ -43,6 +44,8 @@ def session_options(graph: ExportedGraph, threads: int) -> Any:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     folder = str(graph.folder.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if any(node.op_type == "DynamicQuantizeMatMul" for node in graph.proto.graph.node):
+        load_runtime("ort").sum_exactly(options)
     return options
 
 

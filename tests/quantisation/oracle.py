@@ -9,6 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mixt_export.runtime import load_runtime
+
 
 def bytes_of(codes: NDArray[np.uint8], bits: int, group: int) -> NDArray[np.uint8]:
     """(N, blocks, group · bits / 8) as the operator's documentation says it: the first code in the low half."""
@@ -107,5 +109,6 @@ def dynamic_product(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    load_runtime("ort").sum_exactly(options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])

@@ -115,6 +115,20 @@ def test_values_come_from_the_right_file() -> None:
     assert (search["do_sample"], search["top_p"], search["temperature"], search["top_k"]) == (True, 0.9, 2, 50)
 
 
+@pytest.mark.parametrize(("matrix", "expected"), [({"activations": "call"}, "1"), ({"bits": 4}, None)])
+def test_products_of_integers_are_asked_to_be_exact(matrix: dict[str, object], expected: str | None) -> None:
+    manifest = {
+        "kv": {"layers": 1, "heads": 2, "head_dim": 16, "shared_buffer": True},
+        "limits": {"max_seq_len": 99},
+        "vocab_size": 50,
+        "eos_token_ids": [],
+        "bos_token_id": None,
+        "quantisation": {"matrices": {"m": matrix}},
+    }
+    config = genai_config(manifest, {"hidden_size": 64, "num_attention_heads": 4}, None)
+    assert config["model"]["decoder"]["session_options"].get("session.x64quantprecision") == expected
+
+
 def test_nothing_is_invented(tmp_path: Path) -> None:
     """Without any special token the ids are left out, and genai still runs."""
     write_folder(tmp_path, "ort", SHAPE, eos_token_ids=[], bos_token_id=None)
