@@ -106,7 +106,7 @@ def examine(folder: Path) -> Findings:
         python=f"{platform.python_implementation()} {platform.python_version()}",
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu_name(),
-        cpu_features=_cpu_features(),
+        cpu_features=cpu_features(),
         physical_cores=_physical_cores(),
         logical_cores=os.cpu_count() or 1,
         memory_total=total,
@@ -208,7 +208,8 @@ def _cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def _cpu_features() -> tuple[str, ...]:
+def cpu_features() -> tuple[str, ...]:
+    """Which of the features that matter here this processor has, by the names of /proc/cpuinfo; empty without it."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     present = set(found.group(1).split()) if found else set()
     return tuple(name for name in _FEATURES if name in present)

@@ -125,6 +125,6 @@ def test_memory_and_processor_from_system_files(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "_read", lambda path: files.get(str(path), ""))
     assert doctor._memory() == (4096000, 3096000)
     assert doctor._cpu_name() == "Cortex-A78AE"
-    assert doctor._cpu_features() == ("asimd", "fphp", "asimddp")
+    assert doctor.cpu_features() == ("asimd", "fphp", "asimddp")
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert doctor._memory() == (8000 * 1024, 6000 * 1024)

@@ -81,15 +81,29 @@ def test_the_table_names_what_is_missing_and_why() -> None:
 
 def test_the_page_keeps_what_is_outside_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    begin, end = report.marks("avx2")
+    others = "\n".join([report.marks("amx")[0], "another processor's", report.marks("amx")[1]])
+    page.write_text(f"before\n{others}\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(report, "PAGE", page)
-    monkeypatch.setattr(report.plot, "__defaults__", (tmp_path / "plot.svg",))
-    report.write(_result())
+    report.write(_result(), "avx2")
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n")
+    assert text.startswith(f"before\n{others}\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert (tmp_path / "plot.svg").is_file()
-    page.write_text("no marks", encoding="utf-8")
+    assert (tmp_path / "peers_avx2.svg").is_file()
     with pytest.raises(ValueError, match="marks"):
-        report.write(_result())
+        report.write(_result(), "neon")
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (("avx2", "avx512_vnni", "amx_int8"), "amx"),
+        (("avx2", "avx_vnni"), "vnni"),
+        (("avx", "avx2"), "avx2"),
+        (("asimd", "i8mm"), "neon"),
+        ((), "other"),
+    ],
+)
+def test_kinds_of_processors(flags: tuple[str, ...], kind: str) -> None:
+    assert report.kind_of(flags) == kind

@@ -1,8 +1,9 @@
 """Other engines and ours on the same model: python -m benchmarks.peers [--rounds 12] [--windows 4] [--reuse].
 
 Installs the peers into their own environment below the cache folder, makes every model file, measures files,
-perplexity, memory and speed, writes benchmarks/results/peers.json and the table and plot of docs/benchmarks.md. About
-half an hour on two idle cores, most of it the compilation of llama.cpp and the compression of our models (each once).
+perplexity, memory and speed, writes benchmarks/results/peers_KIND.json and the table and plot of docs/benchmarks.md for
+this kind of processor (report.KINDS). About an hour on two idle cores, a third of it the compilation of llama.cpp and
+the compression of our models (each once).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import publish, sample
+from benchmarks.common import RESULTS, publish, sample
 from benchmarks.peers import measure, report
 from benchmarks.peers.contenders import GENAI_INT4, LLAMA_Q4, MODELS, Contender, contenders
 from benchmarks.peers.environment import environment, version
 
 
 def main() -> None:
+    from mixt_export.doctor import cpu_features
     from mixt_export.sample.cache import cache_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +34,14 @@ def main() -> None:
     parser.add_argument("--rounding", default="auto", help="of our int8 and int4 exports (see mixt-export --help)")
     parser.add_argument("--low-rank", type=Path, help="a model folder to use as the low rank model")
     parser.add_argument("--reuse", action="store_true", help="keep files and perplexities of an earlier run")
+    parser.add_argument(
+        "--render", metavar="KIND", help="only write table and plot again, from results/peers_KIND.json"
+    )
     given = parser.parse_args()
+    if given.render:
+        report.write(json.loads((RESULTS / f"peers_{given.render}.json").read_text(encoding="utf-8")), given.render)
+        return
+    kind = report.kind_of(cpu_features())
     if given.rounds < 2:
         parser.error("--rounds: at least 2, ratios have quartiles")
     python, missing = environment(given.folder / "venv")
@@ -69,8 +78,8 @@ def main() -> None:
     if given.only:
         print(report.table(result))
         return
-    publish("peers", result)
-    report.write(result)
+    publish(f"peers_{kind}", result)
+    report.write(result, kind)
 
 
 def our_models(work: Path, low_rank: Path | None) -> dict[str, Path]:

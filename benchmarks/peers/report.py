@@ -1,27 +1,40 @@
-"""The table of docs/benchmarks.md, written between two marks, and the plot beside it."""
+"""The tables of docs/benchmarks.md, one for each kind of processor between two marks, and the plot beside each."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-_DOCS = Path(__file__).parent.parent.parent / "docs"
-PAGE, PLOT = _DOCS / "benchmarks.md", _DOCS / "peers.svg"
-BEGIN, END = "<!-- peers: written by python -m benchmarks.peers -->", "<!-- /peers -->"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "benchmarks.md"
+#: Kind of processor -> flags of /proc/cpuinfo of which it has one; the first that fits. Products of few bits take other
+#: kernels on each, in every engine, so that a table is of one kind.
+KINDS = {"amx": {"amx_int8"}, "vnni": {"avx512_vnni", "avx_vnni"}, "avx2": {"avx2"}, "neon": {"asimd"}}
 _COLOURS = {"ours": "tab:blue", "llama.cpp": "tab:orange", "genai": "tab:green", "torch": "tab:red"}
 #: The text whose perplexity the plot shows.
 _TEXT = "addresses"
 
 
-def write(result: dict[str, Any]) -> None:
+def kind_of(flags: Collection[str]) -> str:
+    """Key of KINDS for a processor of these ``flags``; "other" where none fits."""
+    return next((kind for kind, wanted in KINDS.items() if wanted & set(flags)), "other")
+
+
+def marks(kind: str) -> tuple[str, str]:
+    """What stands before and behind the table of ``kind``."""
+    return f"<!-- peers {kind}: written by python -m benchmarks.peers -->", f"<!-- /peers {kind} -->"
+
+
+def write(result: dict[str, Any], kind: str) -> None:
     """Put the table and the plot of ``result`` into the documentation. Raises ValueError when the marks are missing."""
     page = PAGE.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{PAGE} must hold the marks {BEGIN} and {END} once each")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    plot(result)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(result)}\n{END}{after}", encoding="utf-8")
+    begin, end = marks(kind)
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{PAGE} must hold the marks {begin} and {end} once each, where the table of {kind} is to be")
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    plot(result, PAGE.with_name(f"peers_{kind}.svg"))
+    PAGE.write_text(f"{before}{begin}\n\n{table(result)}\n{end}{after}", encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -73,7 +86,7 @@ def _ratio(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} ({found['quartile_1']:.2f}–{found['quartile_3']:.2f})"
 
 
-def plot(result: dict[str, Any], target: Path = PLOT) -> None:
+def plot(result: dict[str, Any], target: Path) -> None:
     """Speed against perplexity, the area of a mark is the size of the files; left decoding, right prefill."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -26,9 +26,7 @@ def old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rt: ModuleType) -> None
     processor(monkeypatch, tmp_path, rt, "x86_64", "flags : fpu avx2 fma\n")
 
 
-def processor(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, rt: ModuleType, machine: str, listed: str | None
-) -> None:
+def processor(monkeypatch: pytest.MonkeyPatch, folder: Path, rt: ModuleType, machine: str, listed: str | None) -> None:
     """Let the runner believe to be on ``machine`` whose /proc/cpuinfo is ``listed`` (None: there is none)."""
     path = folder / "cpuinfo"
     if listed is not None:
