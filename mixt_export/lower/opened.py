@@ -14,7 +14,7 @@ _INNER = ("MatMul", "Add")
 def open_products(lowered: LoweredModel) -> None:
     """Put the nodes of its body in place of every call of a function of products with matrices, and of a bias.
 
-    Calls inside of branches stay, and so do the functions, whoever still calls them.
+    The functions stay, for what writes the quantised graph to drop.
     """
     fitting = {
         identifier: function

@@ -33,16 +33,14 @@ _CACHE = 4
 
 def find_smoothing(lowered: LoweredModel, found: Found) -> Smoothing:
     """Groups of products among the matrices ``found``; empty where none fits."""
-    finder = _Finder(_products(lowered, found))
+    finder = _Finder(found)
     groups = (finder.group(node) for node in lowered.model.graph)
     return Smoothing([group for group in groups if group is not None])
 
 
-def with_integer_products(
-    lowered: LoweredModel, found: Found, smoothing: Smoothing
-) -> dict[str, tuple[QuantisedMatrix, list[Use]]]:
+def with_integer_products(found: Found, smoothing: Smoothing) -> dict[str, tuple[QuantisedMatrix, list[Use]]]:
     """``found`` with a scale for each output and int8 activations, where ``smoothing`` has groups, and behind them."""
-    readers, products = smoothing.readers, _products(lowered, found)
+    readers, products = smoothing.readers, _products(found)
 
     def kind(node: ir.Node) -> str:
         group = readers.get(products[node].name)
@@ -62,19 +60,18 @@ def with_integer_products(
     return {name: (settled(matrix), uses) for name, (matrix, uses) in found.items()}
 
 
-def _products(lowered: LoweredModel, found: Found) -> dict[ir.Node, QuantisedMatrix]:
-    """Products of linears in the graph itself, in none of its branches, by a matrix that nothing else reads."""
+def _products(found: Found) -> dict[ir.Node, QuantisedMatrix]:
+    """Products of linears by a matrix that nothing else reads."""
     return {
         uses[0].node: matrix
         for matrix, uses in found.values()
-        if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and uses[0].node.graph is lowered.model.graph
-        if not matrix.embedding
+        if len(uses) == 1 and uses[0].node.op_type in _PRODUCTS and not matrix.embedding
     }
 
 
 class _Finder:
-    def __init__(self, products: Mapping[ir.Node, QuantisedMatrix]) -> None:
-        self._products = products
+    def __init__(self, found: Found) -> None:
+        self._products = _products(found)
 
     def group(self, node: ir.Node) -> Group | None:
         """Products of what ``node`` makes, with what makes that."""

@@ -143,7 +143,7 @@ def plan_export(
     if quantisation is not None:
         if quantisation.int8_activations:
             check_int8_activations(chosen, numpy_dtype)
-        check_quantisation(chosen, numpy_dtype, memory_budget)
+        check_quantisation(chosen, numpy_dtype, memory_budget, variants)
         variants = "none" if variants == "auto" else variants
     if int8_cache is not None:
         check_int8_cache(chosen, numpy_dtype)

@@ -56,7 +56,7 @@ def check_int8_cache(target: Target, dtype: str) -> None:
         )
 
 
-def check_quantisation(target: Target, dtype: str, memory_budget: int | None) -> None:
+def check_quantisation(target: Target, dtype: str, memory_budget: int | None, variants: str) -> None:
     """Raise UsageError for options that do not go with `--quantize`."""
     if target.name == "ort" and dtype != "float32":
         raise UsageError(
@@ -64,6 +64,11 @@ def check_quantisation(target: Target, dtype: str, memory_budget: int | None) ->
         )
     if memory_budget is not None:
         raise UsageError("--memory-budget counts weights before they are quantised; leave it out with --quantize.")
+    if variants == "one":
+        raise UsageError(
+            "--quantize --variants one: the two forms of a linear would be rounded to two functions, one for prompts "
+            "and one for their continuation; leave --variants out."
+        )
 
 
 def check_int8_activations(target: Target, dtype: str) -> None:
@@ -98,7 +103,7 @@ def quantised_plan(lowered: LoweredModel, target: Target, embedding: str, settin
                 "--activations int8: no linear of this model reads a norm, an attention or a gate that could be scaled "
                 "for it; leave it out."
             )
-        found = with_integer_products(lowered, found, smoothing)
+        found = with_integer_products(found, smoothing)
     rounded = Rounded(lambda matrix, values: nearest(values, matrix.bits, matrix.group, scale_dtype=matrix.scale_dtype))
     quantise(lowered, target.dialect, found, rounded)
     if smoothing is not None:

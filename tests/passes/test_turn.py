@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,8 @@ import pytest
 
 from mixt_export import network
 from mixt_export.checkpoints import Made, open_checkpoint, overlaid, write_checkpoint
-from mixt_export.cli.guard import guarded
-from mixt_export.cli.main import load_verb
 from mixt_export.errors import MixtError, ResourceError, UsageError
-from mixt_export.network import FactorizedLinear, build
+from mixt_export.network import build
 from mixt_export.passes import PassResult, Turn, run
 from mixt_export.passes.turn import pairs, turned
 from mixt_export.progress import SILENT
@@ -31,7 +28,9 @@ from mixt_export.verification import verify
 from mixt_export.verification.checks import quantised_weights
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
+from tests.flips import with_flips
 from tests.tiny import write_tiny, write_tiny_low_rank
+from tests.verbs import run_verb
 
 OPTIONS = VerifyOptions(positions=32, memory=False, write=False, threads=1)
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -93,25 +92,13 @@ def test_integers_fit_turned_factors_better() -> None:
     assert error(*turned(first, second)) < 0.85 * error(first, second)
 
 
-def stored(linear: FactorizedLinear, flips: tuple[bool, bool]) -> FactorizedLinear:
-    """``linear`` of two cores, those of ``flips`` stored the other way round."""
-    (branch,) = linear.branches
-    cores = [
-        replace(core, labels=core.labels[::-1], tensor=replace(core.tensor, shape=core.tensor.shape[::-1]))
-        if flip
-        else core
-        for core, flip in zip(branch.cores, flips, strict=True)
-    ]
-    return replace(linear, branches=(replace(branch, cores=tuple(cores)),))
-
-
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_pass_turns_cores_as_they_are_stored(
     tmp_path: Path, model: Path, flips: tuple[bool, bool], dtype: str
 ) -> None:
     base, rng = open_checkpoint(model), np.random.default_rng(5)
-    linear = stored(build.low_rank(UP, 48, 104, 17, dtype=dtype, names=("a.core0", "a.core1")), flips)
+    linear = with_flips(build.low_rank(UP, 48, 104, 17, dtype=dtype, names=("a.core0", "a.core1")), flips)
     values = {core.name: rng.standard_normal(core.shape).astype(dtype) for core in linear.core_tensors()}
     made = {name: Made(dtype, value.shape, lambda value=value: value) for name, value in values.items()}
     checkpoint = overlaid(base, made, {UP: linear})
@@ -288,11 +275,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, model: Path, capsys: pytes
     arguments = [source, "-o", tmp_path / "out", "--quantize", "int8", "--no-loss", "--no-verify"]
 
     def mixt(*more: object) -> str:
-        original, sys.argv = sys.argv, ["mixt export", *map(str, (*arguments, *more))]
-        try:
-            assert guarded(load_verb("export"), "mixt export") == 0
-        finally:
-            sys.argv = original
+        assert run_verb("export", *arguments, *more) == 0
         return " ".join(capsys.readouterr().out.split())
 
     assert "turned the factors of" in mixt()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mixt_export.cli.guard import guarded
-from mixt_export.cli.main import load_verb
 from mixt_export.errors import MixtError, UnsupportedError, UsageError
 from mixt_export.families.parts import Rope
 from mixt_export.families.rope import turned_together
@@ -36,6 +33,7 @@ from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.session import ExportedRunner
 from tests.tiny import write_tiny
 from tests.tiny_encoder import write_tiny_encoder
+from tests.verbs import run_verb
 
 OPTIONS = VerifyOptions(positions=32, memory=False, write=False, threads=1)
 FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gptj", "gpt2", "qwen3_moe"]
@@ -51,14 +49,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) 
     out = tmp_path_factory.mktemp("exported") / "out"
     export(model, out, int8_cache=Int8Cache((text,), measure=False), verify=False)
     return out
-
-
-def mixt(*arguments: object) -> int:
-    original, sys.argv = sys.argv, ["mixt export", *map(str, arguments)]
-    try:
-        return guarded(load_verb("export"), "mixt export")
-    finally:
-        sys.argv = original
 
 
 def context_of(out: Path, source: Path) -> Context:
@@ -273,7 +263,7 @@ def test_the_command_says_what_it_costs(
 ) -> None:
     out = tmp_path / "out"
     arguments = [model, "-o", out, "--kv-cache", "int8", "--calib", text, "--no-verify"]
-    assert mixt(*arguments) == 0
+    assert run_verb("export", *arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
     plan = plan_export(model)
     assert (
@@ -296,5 +286,5 @@ def test_what_does_not_go_together_is_refused(model: Path, tmp_path: Path) -> No
         export(bare, tmp_path / "out", int8_cache=cache, verify=False)
     with pytest.raises(UnsupportedError, match="an encoder keeps no keys"):
         export(write_tiny_encoder(tmp_path / "encoder"), tmp_path / "out", int8_cache=cache, verify=False)
-    assert mixt(model, "-o", tmp_path / "out", "--kv-cache", "int4") == 2
+    assert run_verb("export", model, "-o", tmp_path / "out", "--kv-cache", "int4") == 2
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from mixt_export.verification import verify
 from mixt_export.verification.checks import int8_activations, quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
+from tests.flips import with_flips
 from tests.tiny import write_tiny, write_tiny_low_rank
 
 NEAREST: dict[str, Any] = {"group": 16, "rounding": "nearest", "measure": False}
@@ -153,14 +154,7 @@ def test_every_product_of_a_chain_rounds_what_it_reads(turned: bool) -> None:
     rng = np.random.default_rng(2)
     down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((45, 20), (20, 33)))
     linear = build.low_rank("l", 45, 33, 20)
-    (branch,) = linear.branches
-    if turned:
-        flipped = [
-            replace(core, labels=core.labels[::-1], tensor=replace(core.tensor, shape=core.tensor.shape[::-1]))
-            for core in branch.cores
-        ]
-        branch = replace(branch, cores=tuple(flipped))
-        linear = replace(linear, branches=(branch,))
+    linear = with_flips(linear, [turned, turned])
     stored = (down.T.copy(), up.T.copy()) if turned else (down, up)
     cores = dict(zip((core.name for core in linear.core_tensors()), map(torch.from_numpy, stored), strict=True))
     module = linear_module(linear, lambda name: torch.nn.Parameter(cores[name]), lambda _name: torch.empty(0))
@@ -168,7 +162,7 @@ def test_every_product_of_a_chain_rounds_what_it_reads(turned: bool) -> None:
     empty = onnx.TensorProto()
     matrix = Matrix("m", 1, 1, False, 8, 16, ("m",), False, 0.0, 0.0, Path(), empty, empty)
     rounding = _rounding_branch(module, dict.fromkeys(cores, matrix), [5])
-    found = rounding(branch, torch.from_numpy(x)).detach().numpy()
+    found = rounding(linear.branches[0], torch.from_numpy(x)).detach().numpy()
     hidden = (oracle.rounded_rows(x, 16) @ down).astype(np.float32)
     expected = oracle.rounded_rows(hidden, 16) @ up
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
@@ -275,6 +269,8 @@ def test_options_that_do_not_go_together_are_refused(dense: Path, tmp_path: Path
         export(dense, tmp_path / "out", dtype="fp16", quantisation=settings, verify=False)
     with pytest.raises(UsageError, match="--memory-budget counts weights before"):
         export(dense, tmp_path / "out", memory_budget=10**9, quantisation=settings, verify=False)
+    with pytest.raises(UsageError, match="--quantize --variants one: the two forms of a linear"):
+        export(dense, tmp_path / "out", variants="one", quantisation=settings, verify=False)
     with pytest.raises(UnsupportedError, match=r"--quantize int4: blocks of 4 bits .* choose --quantize int8"):
         export(dense, tmp_path / "out", target="trt", trt=TrtOptions(jetpack=6), quantisation=settings, verify=False)
     with pytest.raises(UsageError, match="--group 48"):

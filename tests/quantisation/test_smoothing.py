@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,6 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from mixt_export.checkpoints import open_checkpoint, write_checkpoint
-from mixt_export.cli.guard import guarded
-from mixt_export.cli.main import load_verb
 from mixt_export.errors import UnsupportedError, UsageError
 from mixt_export.progress import SILENT
 from mixt_export.quantisation import Quantisation
@@ -36,10 +33,8 @@ from mixt_export.verification.locate import locate
 from mixt_export.verification.options import VerifyOptions
 from mixt_export.verification.routes import Pieces
 from tests.quantisation import oracle
-from tests.targets.test_variants import always
 from tests.tiny import write_tiny, write_tiny_low_rank, write_tiny_mixt
-
-__all__ = ["always"]  # a fixture
+from tests.verbs import run_verb
 
 OPTIONS = VerifyOptions(positions=32, memory=False, write=False, threads=1)
 
@@ -199,27 +194,6 @@ def test_a_second_factor_rounded_otherwise_is_found(tmp_path: Path, text: Path, 
     assert not int8_activations.run(context).passed
 
 
-@pytest.mark.usefixtures("always")
-def test_what_a_branch_computes_stays_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
-    """Two forms of a linear for few tokens and for many: the proof sees products of the graph itself only."""
-    source = write_tiny_low_rank(tmp_path / "model", model, RANKS, include=_first)
-    export(source, tmp_path / "out", quantisation=settings(text), variants="one", verify=False)
-    proto = onnx.load_model(str(tmp_path / "out" / "model.onnx"), load_external_data=False)
-    assert sum(node.op_type == "If" for node in proto.graph.node) == len(RANKS)
-    for node in proto.graph.node:
-        inner = [each.op_type for entry in node.attribute for each in entry.g.node]
-        assert "DynamicQuantizeMatMul" not in inner
-    assert set(kinds(tmp_path / "out").values()) == {"", "call", "token"}
-    context = context_of(tmp_path / "out", source)
-    for check in (quantised_weights, teacher_forced):
-        result = check.run(context)
-        assert result.passed, result
-
-
-def _first(name: str) -> bool:
-    return ".layers.0." in name
-
-
 def test_other_factorised_linears_stay_in_blocks(tmp_path: Path, text: Path, model: Path) -> None:
     """A mixture as v_proj leaves o_proj in blocks, and what else reads its norm."""
     source = write_tiny_mixt(tmp_path / "model", model, include=lambda name: "v_proj" in name)
@@ -336,14 +310,6 @@ def test_factors_are_finite_and_even() -> None:
     assert np.array_equal(factors_of(np.zeros(3), np.ones(3), 0.5), np.ones(3))
 
 
-def mixt(*arguments: object) -> int:
-    original, sys.argv = sys.argv, ["mixt export", *map(str, arguments)]
-    try:
-        return guarded(load_verb("export"), "mixt export")
-    finally:
-        sys.argv = original
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -357,7 +323,7 @@ def mixt(*arguments: object) -> int:
 def test_options_that_do_not_go_together_are_refused(
     tmp_path: Path, model: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mixt(model, "-o", tmp_path / "out", "--no-verify", *options) != 0
+    assert run_verb("export", model, "-o", tmp_path / "out", "--no-verify", *options) != 0
     assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
@@ -377,7 +343,7 @@ def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path, text: Path, mo
 def test_the_note_counts_products(tmp_path: Path, text: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_tiny_mixt(tmp_path / "model", model, include=lambda name: "v_proj" in name)
     options = ["--quantize", "int8", "--activations", "int8", "--calib", text, "--no-loss", "--no-verify"]
-    assert mixt(source, "-o", tmp_path / "out", *options) == 0
+    assert run_verb("export", source, "-o", tmp_path / "out", *options) == 0
     assert "with int8 activations in 6 of" in " ".join(capsys.readouterr().out.split())
 
 

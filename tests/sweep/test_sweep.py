@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from mixt_export.checkpoints import open_checkpoint
-from mixt_export.cli.guard import guarded
-from mixt_export.cli.main import load_verb
 from mixt_export.compression import compress
 from mixt_export.errors import UsageError
 from mixt_export.evaluation import perplexity
 from mixt_export.sweep import SweepOptions, sweep
 from mixt_export.sweep import run as run_module
 from tests.sweep.setup import TEXT, write_material
+from tests.verbs import run_verb
 
 torch.set_num_threads(1)
 
@@ -46,12 +45,7 @@ def options(folder: Path, **given: Any) -> SweepOptions:
 def mixt(folder: Path, out: Path, *arguments: object) -> int:
     given = ["--text", folder / "text.txt", "--questions", folder / "questions.jsonl", "--window", 32, "--windows", 2]
     given += ["--calib", folder / "text.txt", "--calib-windows", 1, "--threads", 1]
-    original = sys.argv
-    sys.argv = ["mixt sweep", *map(str, (folder / "model", "-o", out, *given, *arguments))]
-    try:
-        return guarded(load_verb("sweep"), "mixt sweep")
-    finally:
-        sys.argv = original
+    return run_verb("sweep", folder / "model", "-o", out, *given, *arguments)
 
 
 def content(out: Path) -> dict[str, Any]:

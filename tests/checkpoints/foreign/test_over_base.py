@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from torch import nn
 
 from mixt_export.checkpoints import companion, open_checkpoint
 from mixt_export.checkpoints.foreign import peft
-from mixt_export.cli.guard import guarded
-from mixt_export.cli.main import load_verb
 from mixt_export.errors import CheckpointError, UnsupportedError, UsageError
 from mixt_export.network import densify
 from tests.checkpoints.foreign.authors import assert_parity, dense, factorise, linears, write_base
 from tests.checkpoints.foreign.modules import ABLinear, Lora, randomised
 from tests.checkpoints.foreign.test_pairs import ablinear
 from tests.tiny import write_tiny_low_rank
+from tests.verbs import run_verb
 
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -190,14 +188,6 @@ def test_verbs_that_make_models_know_the_base(
     monkeypatch.setenv("MIXT_BASE_MODEL", "")
     assert run_verb(verb, *arguments, "--base", base) != 0
     assert "needs its base model" not in " ".join(capsys.readouterr().err.split())
-
-
-def run_verb(verb: str, *arguments: object) -> int:
-    original, sys.argv = sys.argv, [f"mixt {verb}", *map(str, arguments)]
-    try:
-        return guarded(load_verb(verb), f"mixt {verb}")
-    finally:
-        sys.argv = original
 
 
 def adapter(
