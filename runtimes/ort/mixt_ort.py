@@ -42,6 +42,8 @@ _FIRST_CAPACITY = 256
 _PREFILL_CHUNK = {"float": 256, "integer": 128}
 #: What ONNX Runtime reads while a session is made: whether its attention on a CPU works in tiles.
 _TILES_OFF = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+#: How long a thread without work waits busily; the first version of ONNX Runtime on which that was tried.
+_SPIN_US, _SPIN_LIMITED = "20", (1, 31)
 #: Flags of x86 processors that add products of 8 bits in 32 bits at once (VNNI, AMX).
 _WIDE_SUMS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _CPUINFO = Path("/proc/cpuinfo")
@@ -482,8 +484,9 @@ class Model:
     """An exported folder, loaded. Raises FolderError when the folder is not whole.
 
     ``threads``: default one per physical core this process may use. ``low_memory`` keeps weights only in the mapped
-    file (no prepacked copy: about half the speed, far less memory). ``spinning`` lets idle threads busy-wait, which is
-    faster on a machine with nothing else to do and slower on a shared one.
+    file (no prepacked copy: about half the speed, far less memory). ``spinning`` lets idle threads busy-wait as long as
+    ONNX Runtime does by itself, not only for microseconds: a little faster with nothing else to do, slower on a shared
+    machine.
     """
 
     def __init__(
@@ -510,7 +513,7 @@ class Model:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        _wait(options, ort.__version__, long=spinning)
         if low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
         rewritten = self.manifest.integer_products and sum_exactly(options)
@@ -770,6 +773,18 @@ def _check_graph(path: Path, session: Any, manifest: Manifest) -> None:
                     f"{path}: {kind} {name!r} is {found_type} {list(found_sizes)}, but {MANIFEST_FILE} says {dtype} "
                     f"{['?' if size is None else size for size in sizes]}; export the model again."
                 )
+
+
+def _wait(options: Any, version: str, *, long: bool) -> None:
+    """How threads of ``options`` wait for the next node: busily for microseconds, then asleep, unless ``long``.
+
+    Between the nodes of a step there are microseconds: waking a thread costs more than that, waiting busily for
+    milliseconds takes processors from other processes. Versions of ONNX Runtime without such a limit sleep at once.
+    """
+    limited = tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) >= _SPIN_LIMITED
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if long or limited else "0")
+    if limited and not long:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
 
 
 @contextmanager

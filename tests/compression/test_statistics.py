@@ -120,7 +120,8 @@ def test_logits_in_chunks_give_the_same_gradients(tmp_path: Path, monkeypatch: p
     whole, loss = model.loss_gradients(lambda window: hidden[window], WINDOWS[:2])
     monkeypatch.setattr("mixt_export.compression.blocks.LOGITS_AT_ONCE", 300 * 5)
     parts, again = model.loss_gradients(lambda window: hidden[window], WINDOWS[:2])
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+    # Sums of other lengths: elements that nearly cancel are off by more than their own last digits.
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
     assert again == pytest.approx(loss, rel=1e-6)
     assert float(whole[:, -1].abs().max()) == 0.0
 

@@ -57,10 +57,10 @@ def test_where_onnxruntime_is_asked(
     assert entry(options) == ("1" if expected else None)
 
 
-def entry(options: Any) -> str | None:
-    """What ``options`` say about the switch."""
+def entry(options: Any, name: str = SWITCH) -> str | None:
+    """What ``options`` say about ``name``."""
     try:
-        return str(options.get_session_config_entry(SWITCH))
+        return str(options.get_session_config_entry(name))
     except RuntimeError:
         return None
 
