@@ -29,6 +29,7 @@ ALL = (
     "quality",
     "low_rank_methods",
     "tensor_train",
+    "threads",
     "tucker",
     "quantisation",
     "recovery",

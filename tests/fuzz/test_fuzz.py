@@ -55,6 +55,19 @@ def test_a_reader_that_misbehaves_is_found(tmp_path: Path, monkeypatch: pytest.M
         assert [expected in finding.problem for finding in tally.findings] == [True], expected
 
 
+def test_what_is_allocated_once_is_no_finding(tmp_path: Path) -> None:
+    """An import in the middle of a case is the library's, not the reader's."""
+    kept: list[object] = []
+
+    def read(folder: Path) -> None:
+        if not kept:
+            kept.append(np.zeros(30_000_000))
+
+    tally = Tally()
+    Bench(tmp_path).run(replace(SURFACES[0], read=read), 1, tally)
+    assert kept and not tally.findings and tally.outcomes == {"read": 1}
+
+
 def _touch(value: object) -> None:
     assert value is not None
 
