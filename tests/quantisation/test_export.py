@@ -25,7 +25,7 @@ from mixt_export.verification import verify
 from mixt_export.verification.checks import int8_activations, quantised_weights, redensified, teacher_forced
 from mixt_export.verification.context import Context
 from mixt_export.verification.options import VerifyOptions
-from tests.flips import with_flips
+from tests.flips import flipped, with_flips
 from tests.tiny import write_tiny, write_tiny_low_rank
 
 NEAREST: dict[str, Any] = {"group": 16, "rounding": "nearest", "measure": False}
@@ -292,7 +292,7 @@ def write_flipped(folder: Path, source: Path) -> Path:
             old = core.tensor.name
             new, shape = f"{name}.{names[old.rpartition('.')[2]]}", core.tensor.shape[::-1]
             tensors.append(NewTensor(new, "float32", shape, lambda old=old: checkpoint.store.read(old, "float32").T))
-            cores.append(replace(core, labels=core.labels[::-1], tensor=TensorRef(new, shape, "float32")))
+            cores.append(replace(flipped(core), tensor=TensorRef(new, shape, "float32")))
         factors[name] = replace(linear, branches=(replace(branch, cores=tuple(cores)),))
     folder.mkdir()
     write_checkpoint(folder, checkpoint, tensors, factors, {})
