@@ -27,6 +27,14 @@ def mixt(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "mixt_export.cli", *map(str, arguments)]
 
 
+def int4_sample(scratch: Path) -> Path:
+    """An export of the sample model below ``scratch``, int4 rounded to nearest."""
+    folder = scratch / "int4"
+    words = ["--quantize", "int4", "--rounding", "nearest", "--no-loss", "--no-verify"]
+    subprocess.run(mixt("export", sample(), "-o", folder, *words), check=True, capture_output=True)
+    return folder
+
+
 @dataclass(frozen=True)
 class Usage:
     """One finished process: wall seconds with the interpreter's start, CPU seconds, peak resident bytes."""

@@ -10,6 +10,7 @@ import sys
 
 ALL = (
     "attention",
+    "decode_step",
     "export_cost",
     "faults",
     "fuzz",

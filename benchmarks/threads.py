@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import mixt, paired_ratio, publish, sample
+from benchmarks.common import int4_sample, paired_ratio, publish
 from mixt_export.runtime import load_runtime
 
 PROMPT, NEW = 256, 32
@@ -86,11 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder
-        if folder is None:
-            folder = Path(scratch) / "int4"
-            words = ["--quantize", "int4", "--rounding", "nearest", "--no-loss", "--no-verify"]
-            subprocess.run(mixt("export", sample(), "-o", folder, *words), check=True, capture_output=True)
+        folder = options.folder or int4_sample(Path(scratch))
         loaded = models(folder, threads)
         result = {}
         for processes in (0, 1):

@@ -150,7 +150,10 @@ class ExportedRunner:
         return rows
 
     def shared_chunks(self, tokens: Ids, sizes: Sequence[int], capacity: int) -> list[NDArray[np.float32]]:
-        """As ``chunks``, but past and present are one buffer of ``capacity`` positions, bound once."""
+        """As ``chunks``, but past and present are one buffer of ``capacity`` positions, bound once.
+
+        Single tokens come with a mask as long as the buffer, zeros behind what it holds, as the runner gives them.
+        """
         import onnxruntime as ort
 
         buffers = [ort.OrtValue.ortvalue_from_numpy(array) for array in self.empty_cache(1, capacity)]
@@ -159,7 +162,9 @@ class ExportedRunner:
             end = start + size
             binding = self.session.io_binding()
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None, start:end]))
-            binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
+            mask = np.ones((1, end if size > 1 else capacity), np.int64)
+            mask[:, end:] = 0
+            binding.bind_cpu_input("attention_mask", mask)
             for past, present, buffer in zip(self._past, self._present, buffers, strict=True):
                 binding.bind_ortvalue_input(past, buffer)
                 binding.bind_ortvalue_output(present, buffer)

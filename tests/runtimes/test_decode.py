@@ -122,6 +122,54 @@ def test_truncate_then_another_continuation(tiny: Tiny) -> None:
     assert_close(logits[0], all_logits(tiny.shape, tiny.weights, other)[-1])
 
 
+def test_steps_of_a_cache_that_was_cut_prefilled_and_grew(
+    rt: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step keeps from the one before is right again after everything that may come between."""
+    monkeypatch.setattr(rt, "_FIRST_CAPACITY", 8)
+    ids = prompt(40, seed=6)
+    cache, held = tiny.model.new_cache(), []
+
+    def follows(logits: np.ndarray, *tokens: int) -> None:
+        held.extend(tokens)
+        assert_close(logits[0], all_logits(tiny.shape, tiny.weights, held)[-1])
+
+    follows(tiny.model.step([ids[0]], cache), ids[0])  # an empty cache, and the buffer grows at the ninth token
+    for token in ids[1:12]:
+        follows(tiny.model.step([token], cache), token)
+    for length, token in ((3, ids[20]), (4, ids[21]), (0, ids[22])):
+        cache.truncate(length)
+        del held[length:]
+        follows(tiny.model.step([token], cache), token)
+        follows(tiny.model.step([token + 1], cache), token + 1)
+    for size in (1, 7, 1):
+        follows(tiny.model.prefill([ids[:size]], cache), *ids[:size])
+        follows(tiny.model.step([ids[30]], cache), ids[30])
+    assert cache.tokens == [held]
+
+
+def test_a_failed_step_leaves_the_cache_usable(rt: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [prompt(9, seed=7), prompt(5, seed=8)]
+    cache = tiny.model.new_cache(2)
+    tiny.model.prefill([row[:-2] for row in rows], cache)
+    tiny.model.step([row[-2] for row in rows], cache)
+
+    class Interrupted:
+        def run_with_iobinding(self, _binding: object) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.model, "session", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            tiny.model.step([1, 2], cache)
+    assert cache.lengths == [8, 4]
+    with pytest.raises(rt.PromptError, match="1 token list"):
+        tiny.model.step([3], cache)
+    logits = tiny.model.step([row[-1] for row in rows], cache)
+    for found, row in zip(logits, rows, strict=True):
+        assert_close(found, all_logits(tiny.shape, tiny.weights, row)[-1])
+
+
 def test_logits_belong_to_the_caller(tiny: Tiny) -> None:
     cache = tiny.model.new_cache()
     first = tiny.model.prefill([prompt(4)], cache)

@@ -93,6 +93,18 @@ def short_cache(proto: onnx.ModelProto) -> None:
     node.input[5] = "lengths"
 
 
+def width_as_length(proto: onnx.ModelProto) -> None:
+    """Attention is told that sequences are as long as the mask."""
+    nodes = proto.graph.node
+    index = next(index for index, node in enumerate(nodes) if node.op_type == "GroupQueryAttention")
+    one = onnx.numpy_helper.from_array(np.array([1], np.int32), "one_fewer")
+    proto.graph.initializer.append(one)
+    nodes.insert(index, onnx.helper.make_node("Sub", [nodes[index].input[6], "one_fewer"], ["width"]))
+    for node in nodes:
+        if node.op_type == "GroupQueryAttention":
+            node.input[5] = "width"
+
+
 @pytest.mark.parametrize(
     ("fault", "where"),
     [
@@ -103,8 +115,22 @@ def short_cache(proto: onnx.ModelProto) -> None:
     ],
 )
 def test_broken_exports_fail(fault, where: str, low_rank: Path, tmp_path: Path, quick: VerifyOptions) -> None:
-    clean = exported(low_rank, tmp_path / "out", "ort")
-    broken = tmp_path / "broken"
+    report = verify(broken_export(fault, low_rank, tmp_path), low_rank, options=quick)
+    assert not report.passed
+    assert report.first_diverging_layer == where
+
+
+def test_a_graph_that_takes_the_mask_for_as_long_as_it_is_fails_in_the_shared_buffer(
+    low_rank: Path, tmp_path: Path, quick: VerifyOptions
+) -> None:
+    """Right for single sequences whose mask is all ones; the runner's steps come with one as long as the buffer."""
+    report = verify(broken_export(width_as_length, low_rank, tmp_path), low_rank, options=quick)
+    passed = {check.name: check.passed for check in report.checks}
+    assert passed["decode"] and not passed["shared_cache"]
+
+
+def broken_export(fault, low_rank: Path, tmp_path: Path) -> Path:
+    clean, broken = exported(low_rank, tmp_path / "out", "ort"), tmp_path / "broken"
     broken.mkdir()
     for path in clean.iterdir():
         if path.is_file() and path.name != "model.onnx":
@@ -112,9 +138,7 @@ def test_broken_exports_fail(fault, where: str, low_rank: Path, tmp_path: Path, 
     proto = onnx.load_model(clean / "model.onnx", load_external_data=False)
     fault(proto)
     onnx.save_model(proto, broken / "model.onnx")
-    report = verify(broken, low_rank, options=quick)
-    assert not report.passed
-    assert report.first_diverging_layer == where
+    return broken
 
 
 @pytest.mark.parametrize("target", ["ort", "onnx"])

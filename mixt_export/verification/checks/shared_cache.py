@@ -19,9 +19,9 @@ def applies(context: Context) -> bool:
 
 
 def run(context: Context) -> CheckResult:
-    """As decode, in place."""
+    """As decode, in place; the buffer is no longer than the rotary tables, which the mask must not exceed."""
     comparison, sizes = context.comparison(), decode_sizes(len(context.probe))
-    capacity = len(context.probe) + 13
+    capacity = min(len(context.probe) + 13, context.max_length)
     actual = np.stack(context.plain().shared_chunks(context.probe, sizes, capacity))
     comparison.add(actual, context.probe_reference[0][np.cumsum(sizes) - 1])
     return logits_result(context, NAME, TITLE, comparison, detail={"capacity": capacity})
