@@ -148,6 +148,15 @@ def test_steps_of_a_cache_that_was_cut_prefilled_and_grew(
     assert cache.tokens == [held]
 
 
+def test_a_step_gives_the_bits_of_a_prompt_of_one_token(tiny: Tiny) -> None:
+    """The two differ in the length of the mask where the buffer is shared."""
+    stepped, prefilled = tiny.model.new_cache(), tiny.model.new_cache()
+    for token in prompt(12, seed=9):
+        found = tiny.model.step([token], stepped)
+        np.testing.assert_array_equal(found, tiny.model.prefill([[token]], prefilled))
+    assert stepped.tokens == prefilled.tokens
+
+
 def test_a_failed_step_leaves_the_cache_usable(rt: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [prompt(9, seed=7), prompt(5, seed=8)]
     cache = tiny.model.new_cache(2)
