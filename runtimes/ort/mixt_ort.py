@@ -248,10 +248,8 @@ class Cache:
         self._other: list[npt.NDArray[Any]] = []
         self._valid = np.zeros((batch, 0), np.bool_)
         self._mask = np.zeros(0, np.int64)
-        #: What a step with a shared buffer reads: bound once, and written in place from step to step.
+        #: The tokens of a step with a shared buffer, and whether they and the whole of the mask are what is bound.
         self._token = np.zeros((batch, 1), np.int64)
-        self._seen = np.zeros((batch, 0), np.int64)
-        self._seen_lengths = [0] * batch
         self._step_bound = False
         self._logits = np.zeros((batch, 1, manifest.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
@@ -319,16 +317,14 @@ class Cache:
         holds: GroupQueryAttention reads the number of ones; its length only tells it that this is no first prompt.
         """
         self._reserve(self._columns + 1)
+        mask = self._mask.reshape(self.batch, self.capacity)
         if not self._step_bound:
-            self._bind_inputs(self._token, self._seen)
+            self._bind_inputs(self._token, mask)
             self._step_bound = True
         for index, (row, token) in enumerate(zip(self.tokens, tokens, strict=True)):
-            length = len(row)
-            if self._seen_lengths[index] != length:
-                self._seen[index, :length] = 1
-                self._seen[index, length:] = 0
-            self._seen[index, length] = 1
-            self._seen_lengths[index] = length + 1
+            held = len(row) + 1
+            mask[index, :held] = 1
+            mask[index, held:] = 0
             self._token[index, 0] = token
         run(self._binding)
         for row, token in zip(self.tokens, tokens, strict=True):
@@ -366,8 +362,6 @@ class Cache:
         grown[:, :used] = self._valid[:, :used]
         self._valid = grown
         self._mask = np.zeros(self.batch * capacity, np.int64)
-        self._seen = np.zeros((self.batch, capacity), np.int64)
-        self._seen_lengths = [0] * self.batch
         self._step_bound = False
         self.capacity = capacity
         if shared:
