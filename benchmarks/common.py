@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,12 @@ def _cpu() -> str:
 
 def timer(model: Any, x: Any, repeats: int) -> float:
     """Thread CPU seconds of one run of the onnxruntime session ``model`` on its input ``x``, mean of ``repeats``."""
+    return feeds_timer(model, {"x": x}, repeats)
+
+
+def feeds_timer(model: Any, feeds: Mapping[str, Any], repeats: int) -> float:
+    """The same for a session with other inputs, or several."""
     began = time.thread_time()
     for _ in range(repeats):
-        model.run(None, {"x": x})
+        model.run(None, feeds)
     return (time.thread_time() - began) / repeats

@@ -6,7 +6,7 @@ python -m benchmarks.decode_step [FOLDER] [--rounds 5]
 masks made and bound, logits copied, the likeliest found), medians over all steps. The folder is an int4 export of
 SmolLM2 rounded to nearest unless one is named. ``norm``: Add and RMSNormalization beside
 SkipSimplifiedLayerNormalization, which GenAI's builder writes: relative L2 error of 200 tokens against float64, and
-microseconds, runs in turn.
+microseconds of the thread, runs in turn.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from benchmarks.common import int4_sample, interleaved, paired_ratio, publish
+from benchmarks.common import feeds_timer, int4_sample, interleaved, paired_ratio, publish
 
 PROMPT, NEW = 128, 100
 WIDTHS = (576, 4096)
@@ -75,24 +76,13 @@ def norm(width: int, rounds: int) -> dict[str, Any]:
     }
     single = {name: value[:, :1] if value.ndim == 3 else value for name, value in feeds.items()}
     for label, given, repeats in (("1 token", single, 500), (f"{TOKENS} tokens", feeds, 20)):
-        spent = interleaved(
-            {name: _spent(session, given, repeats) for name, session in sessions.items()}, max(rounds, 9)
-        )
+        runs = {name: partial(feeds_timer, session, given, repeats) for name, session in sessions.items()}
+        spent = interleaved(runs, max(rounds, 9))
         found[label] = {
             **{f"{name}_us": round(1e6 * statistics.median(values), 2) for name, values in spent.items()},
             "times as fast": paired_ratio(spent["two"], spent["one"]),
         }
     return found
-
-
-def _spent(session: Any, feeds: dict[str, Any], repeats: int) -> Any:
-    def run() -> float:
-        began = time.perf_counter()
-        for _ in range(repeats):
-            session.run(None, feeds)
-        return (time.perf_counter() - began) / repeats
-
-    return run
 
 
 def _session(width: int, *, joined: bool) -> Any:

@@ -431,12 +431,13 @@ class Sampler:
             likeliest = int(logits.argmax())
         if self.temperature == 0.0:
             return likeliest
+        largest = float(logits[likeliest])
         tokens: npt.NDArray[np.int64] | None = None
         if 0 < self.top_k < logits.size:
             tokens = np.argpartition(logits, -self.top_k)[-self.top_k :].astype(np.int64)
             logits = logits[tokens]
         with np.errstate(over="ignore", under="ignore"):
-            mass = np.exp((logits.astype(np.float64) - float(logits.max())) / self.temperature)
+            mass = np.exp((logits.astype(np.float64) - largest) / self.temperature)
         mass /= mass.sum()
         if self.top_p < 1.0:
             nucleus = _nucleus(mass, self.top_p)
